@@ -1,0 +1,1 @@
+"""Needle videos, their questions, and the recipe of the tiny checkpoints that answer them."""

@@ -1,0 +1,175 @@
+"""Command that builds a folder of needle videos: ``python -m flexselect.testbed.make``.
+
+    python -m flexselect.testbed.make --split test --frames 512 --count 100 --out videos
+    python -m flexselect.testbed.make --split test --frames 64 --count 30 --out vniah \\
+        --pictures media/needles --haystack talk.mp4
+
+Interrupted, the same command goes on where it stopped. ``questions.jsonl`` in the folder has one
+row a question, for tools that want a flat list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..core.errors import FlexSelectError, OptionError
+from .pictures import make_picture_video, read_pictures
+from .questions import RETRIEVAL, SPLITS, TASKS
+from .videos import HOLD, NeedleVideo, make_needle_video, replace_file
+
+logger = logging.getLogger(__name__)
+
+
+def make_videos(
+    out: Path,
+    *,
+    split: str,
+    frames: int,
+    count: int,
+    tasks: Sequence[str] = RETRIEVAL,
+    questions: int = 1,
+    hold: int = HOLD,
+    first: int = 0,
+) -> list[NeedleVideo]:
+    """Render ``count`` needle videos; those that are there already stay.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the videos, made if missing.
+    split, frames, count : str, int, int
+        Split, frames a video, and number of videos.
+    tasks : sequence of str
+        The tasks, dealt in turn to the questions of one video after another.
+    questions : int
+        Questions a video.
+    hold : int
+        Frames a scene lasts.
+    first : int
+        Number of the first video within the split.
+
+    Raises
+    ------
+    OptionError
+        If an option is out of range, or the folder holds videos made with other options.
+    """
+    if count < 1 or questions < 1 or not tasks:
+        raise OptionError("count, questions and tasks must each be at least one.")
+    videos = []
+    for index in tqdm(range(first, first + count), desc="render", unit="video", disable=None):
+        dealt = [tasks[(index * questions + i) % len(tasks)] for i in range(questions)]
+        path = out / f"{split}-{frames:04d}-{index:05d}.mp4"
+        videos.append(
+            make_needle_video(path, split=split, index=index, frames=frames, tasks=dealt, hold=hold)
+        )
+    write_question_list(out, videos)
+    return videos
+
+
+def make_picture_videos(
+    out: Path, *, split: str, frames: int, count: int, pictures: Path, haystack: Path
+) -> list[NeedleVideo]:
+    """Hide needle pictures, one after another, in ``count`` copies of a real video."""
+    if count < 1:
+        raise OptionError(f"count={count} must be at least one.")
+    rows = read_pictures(pictures)
+    videos = [
+        make_picture_video(
+            out / f"{split}-{frames:04d}-{index:05d}.mp4",
+            haystack,
+            rows[index % len(rows)],
+            split=split,
+            index=index,
+            frames=frames,
+        )
+        for index in tqdm(range(count), desc="render", unit="video", disable=None)
+    ]
+    write_question_list(out, videos)
+    return videos
+
+
+def write_question_list(out: Path, videos: Sequence[NeedleVideo]) -> Path:
+    """Write one JSON row a question: video, task, question, answer, chance, frames of the needles."""
+    rows = [
+        {
+            "id": f"{video.path.stem}-{number}",
+            "video": video.path.name,
+            "frames": video.frames,
+            "task": question.task,
+            "question": question.text,
+            "answer": question.answer,
+            "chance": question.chance,
+            "needle_frames": [list(needle.frames) for needle in question.needles],
+        }
+        for video in videos
+        for number, question in enumerate(video.questions)
+    ]
+    path = out / "questions.jsonl"
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        if (options.pictures is None) != (options.haystack is None):
+            raise OptionError("--pictures and --haystack belong together; give both or neither.")
+        if options.pictures is not None:
+            videos = make_picture_videos(
+                options.out,
+                split=options.split,
+                frames=options.frames,
+                count=options.count,
+                pictures=options.pictures,
+                haystack=options.haystack,
+            )
+        else:
+            videos = make_videos(
+                options.out,
+                split=options.split,
+                frames=options.frames,
+                count=options.count,
+                tasks=options.tasks,
+                questions=options.questions,
+                hold=options.hold,
+                first=options.first,
+            )
+    except FlexSelectError as error:
+        logger.error("error: %s", error)
+        return 2
+    asked = sum(len(video.questions) for video in videos)
+    logger.info("%d videos with %d questions in %s", len(videos), asked, options.out)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flexselect.testbed.make",
+        description="Render needle videos with their questions.",
+    )
+    parser.add_argument("--split", choices=SPLITS, required=True)
+    parser.add_argument("--frames", type=int, required=True, help="frames a video, such as 512")
+    parser.add_argument("--count", type=int, required=True, help="number of videos")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=list(RETRIEVAL), help="dealt in turn"
+    )
+    parser.add_argument("--questions", type=int, default=1, help="questions a video")
+    parser.add_argument("--hold", type=int, default=HOLD, help="frames a scene lasts")
+    parser.add_argument("--first", type=int, default=0, help="number of the first video")
+    parser.add_argument("--pictures", type=Path, help="V-NIAH: folder of images and dataset.json")
+    parser.add_argument("--haystack", type=Path, help="V-NIAH: the real video to hide them in")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
