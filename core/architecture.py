@@ -1,0 +1,223 @@
+"""The contract: what a model family answers so that every method works on it.
+
+The engine knows layouts, features and scores. All it asks of a model goes through an
+`Architecture`, and all it asks of a Lite selector through a `Selector`. Both can rank a prompt, so
+both are a `Scorer`. ``PORTING.md`` walks through a new family file by file.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import PromptError
+from .layout import Clip, Prompt
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """One clip ready for the vision tower.
+
+    Attributes
+    ----------
+    values : the family's own tensor, frame after frame along the first axis (a frame may take
+        several rows of it).
+    clip : the visual tokens it becomes.
+    """
+
+    values: Tensor
+    clip: Clip
+
+    def frames(self, start: int, stop: int) -> Pixels:
+        """Return frames ``start`` … ``stop`` - 1."""
+        rows = len(self.values) // self.clip.frames
+        clip = Clip(stop - start, self.clip.rows, self.clip.columns, self.clip.seconds_per_frame)
+        return Pixels(self.values[start * rows : stop * rows], clip)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row of a batch: its prompt, and the pixels of its clips in order of appearance."""
+
+    prompt: Prompt
+    pixels: tuple[Pixels, ...]
+
+
+class Scorer(Protocol):
+    """What can rank the visual tokens of a prompt: a model at its reference layer, or a selector."""
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embed text: int64 ``(tokens,)`` to ``(tokens, hidden)``, on the scorer's device."""
+
+    def positions(self, prompt: Prompt) -> Tensor:
+        """Position ids of a whole prompt: int64 ``(tokens,)`` or ``(axes, tokens)``."""
+
+    def states(
+        self, embeds: Tensor, positions: Tensor, layer: int, query_rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rotated query and key states of ``layer``; see `core.decoder.reference_states`.
+
+        ``embeds`` is ``(sets, tokens, hidden)`` and ``positions`` as `positions` returns them,
+        with the sets before the last axis.
+        """
+
+
+class Selector(Scorer, Protocol):
+    """A Lite selector: a small language model with its own projector from the vision tower."""
+
+    @property
+    def aggregation(self) -> str:
+        """The aggregation it was trained to reproduce."""
+
+    def localise(self, prompt: Prompt) -> Prompt:
+        """Return the prompt in the selector's own tokens, with the same visual tokens in order."""
+
+
+class Architecture(ABC):
+    """One family's answers, bound to one model of it.
+
+    Parameters
+    ----------
+    model : a stock transformers model of the family.
+    """
+
+    #: Name of the family, also of its folder.
+    family: ClassVar[str]
+    #: Inputs of the model that carry pictures and go no further than the architecture.
+    vision_inputs: ClassVar[tuple[str, ...]]
+    #: Pictures of the video that become one frame of the layout.
+    pictures_per_frame: ClassVar[int] = 1
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    # -- prompt ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def has_video(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a processor's batch shows at least one video."""
+
+    @abstractmethod
+    def read(self, inputs: Mapping[str, Any]) -> list[Request]:
+        """Lay out what the processor made, one `Request` a row, padding stripped.
+
+        Tensors of ``inputs`` are never written to. Raises `PromptError` where ids and pictures do
+        not fit together.
+        """
+
+    @abstractmethod
+    def layout(self, ids: Tensor, videos: Sequence[Clip], images: Sequence[Clip]) -> Prompt:
+        """Lay out expanded token ids ``(tokens,)`` that show the given clips in order."""
+
+    # -- encode ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode(self, pixels: Pixels, selector: Any | None) -> tuple[Tensor, Tensor | None]:
+        """Run the vision tower over a few frames.
+
+        Returns
+        -------
+        ``(feature tokens, hidden)`` for the model and, from the same pass of the tower, for
+        ``selector`` if given.
+        """
+
+    # -- positions ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def positions(self, prompt: Prompt) -> Tensor:
+        """Position ids of a whole prompt: int64 ``(tokens,)`` or ``(axes, tokens)``."""
+
+    @abstractmethod
+    def compact_positions(self, prompt: Prompt, rows: Tensor) -> Tensor:
+        """Position ids of the tokens ``rows`` as if nothing between them had ever been there."""
+
+    # -- layers ------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def decoder(self) -> Any:
+        """The text model: ``embed_tokens``, ``layers``, ``rotary_emb``, ``config``."""
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.decoder.layers)
+
+    @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embed text: int64 ``(tokens,)`` to ``(tokens, hidden)``, on the model's device."""
+
+    @abstractmethod
+    def states(
+        self, embeds: Tensor, positions: Tensor, layer: int, query_rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rotated query and key states of ``layer``, as in `Scorer.states`."""
+
+    def effective_budget(self, budget: int, prompt: Prompt) -> int:
+        """Return the budget the family's reference would use for ``prompt``."""
+        return budget
+
+    def continue_from(self, positions: Sequence[Tensor]) -> None:
+        """Prepare a caller's own decoding loop to go on after prompts with these positions."""
+
+    # -- files -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load_selector(self, path: str) -> Any:
+        """Load a Lite selector of this family: ours, or in the format the reference publishes."""
+
+    @abstractmethod
+    def picture_size(self, height: int, width: int, pictures: int, limits: Mapping[str, Any]) -> (
+        tuple[int, int]
+    ):
+        """Choose the size at which ``pictures`` of a video are looked at: (height, width)."""
+
+    @abstractmethod
+    def pixels(self, processor: Any, pictures: Tensor, seconds_per_picture: float) -> Pixels:
+        """Prepare decoded pictures for the tower: uint8 ``(pictures, 3, height, width)``.
+
+        The family's own processor does it; pictures already have their final size.
+        """
+
+    @abstractmethod
+    def expand(self, processor: Any, text: str, videos: Sequence[Clip]) -> Tensor:
+        """Tokenise a templated prompt, with each video placeholder as its visual tokens.
+
+        Returns int64 ``(tokens,)``, equal to what the processor makes of the same pictures.
+        """
+
+
+def strip_padding(inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the token ids of every row without its padding, on the host: int64 ``(tokens,)``."""
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise PromptError(
+            "Selection reads the prompt from input_ids of shape (batch, tokens); pass the "
+            "processor's output unchanged."
+        )
+    ids = ids.cpu()
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return list(ids)
+    if mask.shape != ids.shape:
+        raise PromptError(
+            f"attention_mask must have the shape of input_ids {tuple(ids.shape)}, "
+            f"got {tuple(mask.shape)}."
+        )
+    return [row[keep] for row, keep in zip(ids, mask.cpu().bool(), strict=True)]
+
+
+def runs(mask: Tensor) -> list[tuple[int, int]]:
+    """Return (start, stop) of every stretch of true values in a bool ``(n,)``."""
+    padded = torch.nn.functional.pad(mask.to(torch.int8), (1, 1))
+    edges = padded.diff().nonzero()[:, 0].tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))

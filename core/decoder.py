@@ -1,0 +1,98 @@
+"""Walk a decoder up to its reference layer and take the query and key states there.
+
+Works on any module built like transformers' Llama and Qwen2 text models: ``layers`` with
+``input_layernorm`` and ``self_attn.{q_proj,k_proj}``, and a ``rotary_emb``. Attention weights are
+never asked for, so any attention kernel serves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import OptionError, UnsupportedModelError
+
+
+def check_layer(layer: object, layers: int) -> int:
+    """Return ``layer`` as a 0-based reference layer of a decoder with ``layers``, or raise."""
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < layers:
+        raise OptionError(
+            f"layer must be a whole number from 0 to {layers - 1} (the model has {layers} decoder "
+            f"layers, counted from 0), got {layer!r}."
+        )
+    return layer
+
+
+def reference_states(
+    decoder: Any, embeds: Tensor, positions: Tensor, layer: int, query_rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run layers 0 … ``layer`` - 1, then only the norm and projections of ``layer``.
+
+    Parameters
+    ----------
+    decoder : the text model.
+    embeds : ``(sets, tokens, hidden)``, without padding.
+    positions : int64, as ``decoder.rotary_emb`` takes them: ``(sets, tokens)`` or
+        ``(axes, sets, tokens)``.
+    layer : the reference layer, 0-based.
+    query_rows : int64 ``(text,)``, tokens whose query states are wanted.
+
+    Returns
+    -------
+    query ``(sets, heads, text, head_dim)`` and key ``(sets, kv_heads, tokens, head_dim)``, rotated.
+    """
+    kinds = getattr(decoder.config, "layer_types", None) or []
+    if "sliding_attention" in kinds[: layer + 1]:
+        raise UnsupportedModelError(
+            "This model uses sliding-window attention below its reference layer; relevance is "
+            "defined over full attention. Set use_sliding_window to false in its config."
+        )
+    cos_sin = decoder.rotary_emb(embeds, positions)
+    mask = _causal_mask(embeds) if decoder.config._attn_implementation == "eager" else None
+    hidden = embeds
+    for block in decoder.layers[:layer]:
+        hidden = block(_follow(hidden, block), attention_mask=mask, position_embeddings=cos_sin)
+    block = decoder.layers[layer]
+    attention = block.self_attn
+    normed = block.input_layernorm(_follow(hidden, block))
+    cos, sin = (part.to(normed.device)[:, None] for part in cos_sin)
+    rows = query_rows.to(normed.device)
+    query = _heads(attention.q_proj(normed[:, rows]), attention.head_dim)
+    key = _heads(attention.k_proj(normed), attention.head_dim)
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    return _rotate(query, cos[:, :, rows], sin[:, :, rows]), _rotate(key, cos, sin)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes, also when accelerate keeps its weights elsewhere meanwhile."""
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is not None:
+        return torch.device(device)
+    return next(module.parameters()).device
+
+
+def _follow(hidden: Tensor, block: nn.Module) -> Tensor:
+    """Move states to the device of the layer they meet; layers may be spread over several."""
+    return hidden.to(device_of(block))
+
+
+def _heads(states: Tensor, head_dim: int) -> Tensor:
+    return states.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = states.chunk(2, -1)
+    return states * cos + torch.cat((-high, low), -1) * sin
+
+
+def _causal_mask(embeds: Tensor) -> Tensor:
+    """Additive mask ``(1, 1, tokens, tokens)``; eager attention without one sees the future."""
+    tokens = embeds.shape[1]
+    lowest = torch.finfo(embeds.dtype).min
+    return torch.full((1, 1, tokens, tokens), lowest, dtype=embeds.dtype, device=embeds.device).triu(
+        1
+    )

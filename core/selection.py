@@ -1,0 +1,202 @@
+"""The outcome of a selection: which visual tokens stay, their relevance, and what decided it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import CheckpointError
+
+
+def top_tokens(scores: Tensor, k: int) -> Tensor:
+    """Return the positions of the ``k`` highest scores, ascending.
+
+    Equal scores are decided by position, lower first, so the result is the same on every device
+    and every run; in half precision ties are common (fixtures, C4). Nothing waits for the device.
+
+    Parameters
+    ----------
+    scores : float32 ``(tokens,)``, finite.
+    k : how many, at most ``tokens``.
+
+    Returns
+    -------
+    int64 ``(k,)``
+    """
+    # The bits of a float32 order like the number once negatives are flipped. With the position in
+    # the low half no two keys are equal, and top-k of integers leaves nothing to chance.
+    bits = scores.float().add(0.0).view(torch.int32).long()
+    ordered = torch.where(bits < 0, bits.bitwise_xor(0x7FFFFFFF), bits)
+    position = torch.arange(len(scores), device=scores.device)
+    return position[(ordered << 32).sub(position).topk(k).indices].sort().values
+
+
+def select_from_sets(scores: Tensor, members: Sequence[Tensor], quotas: Sequence[int]) -> Tensor:
+    """Keep the best tokens of every set and map them back to the whole.
+
+    Parameters
+    ----------
+    scores : float32 ``(visual,)``, over all visual tokens.
+    members : for each set, int64 ``(tokens of the set,)``: its positions in ``scores``, ascending.
+    quotas : for each set, how many to keep.
+
+    Returns
+    -------
+    int64 ``(sum(quotas),)``, positions in ``scores``, ascending.
+    """
+    kept = [
+        rows[top_tokens(scores[rows], quota)]
+        for rows, quota in zip(members, quotas, strict=True)
+        if quota
+    ]
+    if not kept:
+        return torch.empty(0, dtype=torch.long, device=scores.device)
+    return torch.cat(kept).sort().values
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A stretch of a video that the answer was read from.
+
+    Attributes
+    ----------
+    start, end : seconds from the beginning of the video.
+    score : relevance of its best visual token.
+    kept : visual tokens kept in it.
+    video : which video of the prompt.
+    """
+
+    start: float
+    end: float
+    score: float
+    kept: int
+    video: int = 0
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a method decided for one prompt. Tensors are on the host.
+
+    Attributes
+    ----------
+    kept : int64 ``(kept,)``, positions among the prompt's visual tokens, ascending.
+    video, frame : int64 ``(visual,)``, the video and the frame within it of every visual token.
+    times : for each video, float64 ``(frames,)``: when each frame is shown, in seconds.
+    scores : float32 ``(visual,)`` relevance, or None for a method that does not score.
+    settings : what decided the result: method, its knobs, model, layer, versions.
+    """
+
+    kept: Tensor
+    video: Tensor
+    frame: Tensor
+    times: tuple[Tensor, ...]
+    scores: Tensor | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_visual(self) -> int:
+        """Visual tokens before the selection."""
+        return len(self.frame)
+
+    def kept_per_frame(self, video: int = 0) -> Tensor:
+        """Count the kept tokens of every frame of ``video``: int64 ``(frames,)``."""
+        mine = self.kept[self.video[self.kept] == video]
+        return torch.bincount(self.frame[mine], minlength=len(self.times[video]))
+
+    def frame_scores(self, video: int = 0) -> Tensor:
+        """Relevance of the best token of every frame of ``video``: float32 ``(frames,)``."""
+        if self.scores is None:
+            raise ValueError("This selection was made without scores.")
+        mine = self.video == video
+        best = torch.zeros(len(self.times[video]))
+        return best.scatter_reduce(0, self.frame[mine], self.scores[mine], "amax")
+
+    def moments(self, limit: int = 5) -> list[Moment]:
+        """Name the stretches of video with the most relevant frames, best first.
+
+        A stretch grows from its best frame to both sides while frames keep a token and score at
+        least half of it. Empty for a selection without scores.
+        """
+        if self.scores is None:
+            return []
+        found: list[Moment] = []
+        for video in range(len(self.times)):
+            found += self._moments_of(video, limit)
+        return sorted(found, key=lambda moment: -moment.score)[:limit]
+
+    def _moments_of(self, video: int, limit: int) -> list[Moment]:
+        kept = self.kept_per_frame(video).tolist()
+        scores = self.frame_scores(video).tolist()
+        times = self.times[video].tolist()
+        step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+        free = [count > 0 for count in kept]
+        moments: list[Moment] = []
+        for peak in sorted(range(len(scores)), key=lambda i: -scores[i]):
+            if len(moments) == limit:
+                break
+            if not free[peak]:
+                continue
+            first = last = peak
+            while first > 0 and free[first - 1] and scores[first - 1] >= scores[peak] / 2:
+                first -= 1
+            while last + 1 < len(scores) and free[last + 1] and scores[last + 1] >= scores[peak] / 2:
+                last += 1
+            free[first : last + 1] = [False] * (last + 1 - first)
+            # A frame is on screen until the next one comes.
+            end = times[last + 1] if last + 1 < len(times) else times[last] + step
+            moments.append(
+                Moment(times[first], end, scores[peak], sum(kept[first : last + 1]), video)
+            )
+        return moments
+
+    def save(self, path: str | Path) -> None:
+        """Write ``path`` with the endings ``.safetensors`` (tensors) and ``.json`` (the rest)."""
+        path = Path(path)
+        tensors = {"kept": self.kept, "video": self.video, "frame": self.frame}
+        tensors |= {f"times.{i}": times for i, times in enumerate(self.times)}
+        if self.scores is not None:
+            tensors["scores"] = self.scores
+        record = {
+            "kept": len(self.kept),
+            "visual": self.num_visual,
+            "moments": [vars(moment) for moment in self.moments()],
+            "settings": self.settings,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Both are written aside and moved, so that an interruption leaves no half of either.
+        weights, text = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.text")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
+        text.write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(weights, path.with_name(path.name + ".safetensors"))
+        os.replace(text, path.with_name(path.name + ".json"))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Selection:
+        """Read what `save` wrote to ``path``."""
+        path = Path(path)
+        try:
+            tensors = load_file(path.with_name(path.name + ".safetensors"))
+            record = json.loads(path.with_name(path.name + ".json").read_text())
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            raise CheckpointError(
+                f"{path}: no readable selection there ({error}). Give the path that was saved to, "
+                "without an ending."
+            ) from error
+        count = sum(name.startswith("times.") for name in tensors)
+        return cls(
+            kept=tensors["kept"],
+            video=tensors["video"],
+            frame=tensors["frame"],
+            times=tuple(tensors[f"times.{i}"] for i in range(count)),
+            scores=tensors.get("scores"),
+            settings=record["settings"],
+        )

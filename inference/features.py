@@ -1,0 +1,143 @@
+"""Encode: run frames through the vision tower a few at a time and keep features in host memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.architecture import Architecture, Pixels
+from ..core.errors import FlexSelectError
+from ..core.layout import Layout, Prompt
+
+logger = logging.getLogger(__name__)
+
+#: Frames in the tower at a time. Enough to fill a GPU; halved where memory does not allow it.
+FRAMES_PER_CHUNK = 32
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the tower saw: host tensors, one row a feature token, in prompt order.
+
+    Attributes
+    ----------
+    model : ``(feature tokens, hidden)``.
+    selector : ``(feature tokens, selector hidden)``, or None without a Lite selector.
+    """
+
+    model: Tensor
+    selector: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt with the features of its clips: all a method needs.
+
+    Attributes
+    ----------
+    prompt : the layout.
+    features : see `Features`.
+    times : for each video, float64 ``(frames,)`` in seconds.
+    """
+
+    prompt: Prompt
+    features: Features
+    times: tuple[Tensor, ...]
+
+
+@torch.no_grad()
+def encode(
+    architecture: Architecture,
+    chunks: Iterable[Pixels],
+    selector: Any | None = None,
+    frames_per_chunk: int = FRAMES_PER_CHUNK,
+    progress: Progress | None = None,
+    total: int = 0,
+) -> Features:
+    """Encode clips, or a stream of pieces of one, a few frames at a time.
+
+    Device memory holds one chunk, however long the video. When even that does not fit, the chunk
+    is halved and encoding goes on with the smaller one.
+
+    Parameters
+    ----------
+    architecture : whose tower.
+    chunks : pixels in prompt order; consumed one by one.
+    selector : also encode for this Lite selector.
+    frames_per_chunk : most frames in the tower at a time.
+    progress : called with ("encode", frames done, ``total``).
+    total : frames to come, for the progress display.
+    """
+    parts: list[tuple[Tensor, Tensor | None]] = []
+    done = 0
+    for pixels in chunks:
+        start = 0
+        while start < pixels.clip.frames:
+            stop = min(start + frames_per_chunk, pixels.clip.frames)
+            try:
+                parts.append(_to_host(architecture.encode(pixels.frames(start, stop), selector)))
+            except torch.OutOfMemoryError as error:
+                if stop - start == 1:
+                    raise FlexSelectError(
+                        "The device has too little free memory to encode a single frame. Lower the "
+                        "resolution, load the model in bfloat16, or free the device."
+                    ) from error
+                frames_per_chunk = (stop - start) // 2
+                logger.warning(
+                    "Out of device memory while encoding %d frames at a time; going on with %d.",
+                    stop - start,
+                    frames_per_chunk,
+                )
+                _release_cache()
+                continue
+            done += stop - start
+            start = stop
+            if progress is not None:
+                progress("encode", done, total)
+    if not parts:
+        raise FlexSelectError("There was no frame to encode.")
+    model = torch.cat([part[0] for part in parts])
+    if selector is None:
+        return Features(model)
+    return Features(model, torch.cat([part[1] for part in parts if part[1] is not None]))
+
+
+def assemble(
+    layout: Layout, rows: Tensor, features: Tensor, embed: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Embed the tokens ``rows``: text by ``embed``, feature tokens from ``features``.
+
+    Parameters
+    ----------
+    layout : of the whole prompt ``features`` belong to.
+    rows : int64 ``(n,)``, ascending token indices.
+    features : host ``(feature tokens, hidden)``; only the rows needed go to the device.
+    embed : text ids ``(n,)`` to ``(n, hidden)``.
+
+    Returns
+    -------
+    ``(n, hidden)``, on the device and in the dtype of ``embed``.
+    """
+    here = layout.feature[rows]
+    # Placeholder ids are never embedded; some families' lie outside the table.
+    embeds = embed(layout.ids[rows].masked_fill(here, 0))
+    wanted = (layout.feature.cumsum(0) - 1)[rows[here]]
+    seen = features.index_select(0, wanted).to(embeds.device, embeds.dtype, non_blocking=True)
+    return embeds.index_copy(0, here.nonzero()[:, 0].to(embeds.device), seen)
+
+
+def _to_host(pair: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    model, selector = pair
+    return model.cpu(), None if selector is None else selector.cpu()
+
+
+def _release_cache() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,107 @@
+"""Qwen2.5-VL: from a video file and a templated question to what the processor would have made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.architecture import Pixels
+from ..core.errors import OptionError, PromptError, VideoError
+from ..core.layout import Clip
+
+#: Neighbouring pictures that the tower merges into one frame.
+_PICTURES = 2
+
+
+def sample_pictures(count: int, fps: float, sampling: Mapping[str, Any]) -> Tensor:
+    """Choose which pictures of a video to look at, as qwen-vl-utils does.
+
+    Parameters
+    ----------
+    count, fps : pictures in the video, and their rate.
+    sampling : ``frames`` for a fixed number, or ``fps`` with ``min_frames`` and ``max_frames``.
+
+    Returns
+    -------
+    int64 ``(pictures,)``, an even number of them, ascending.
+    """
+    vision_process = _vision_process()
+    if count < _PICTURES:
+        raise VideoError(
+            f"The video has {count} picture(s); Qwen2.5-VL looks at pairs of pictures, so it needs "
+            f"at least {_PICTURES}."
+        )
+    if sampling.get("frames") is not None:
+        wanted = {"nframes": min(sampling["frames"], count)}
+    else:
+        wanted = {name: sampling[name] for name in ("fps", "min_frames") if name in sampling}
+        wanted["max_frames"] = max(_PICTURES, min(sampling.get("max_frames", count), count))
+        wanted["min_frames"] = min(wanted.get("min_frames", _PICTURES), count)
+    number = vision_process.smart_nframes(wanted, total_frames=count, video_fps=fps)
+    return torch.linspace(0, count - 1, number).round().long()
+
+
+def picture_size(
+    height: int, width: int, pictures: int, factor: int, limits: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Choose a size in multiples of ``factor`` pixels, as qwen-vl-utils does.
+
+    A picture gets between 128 and 768 visual tokens, and fewer the more pictures share the
+    sequence. ``limits`` may set ``min_pixels`` and ``max_pixels`` of a picture.
+    """
+    vision_process = _vision_process()
+    area = factor * factor
+    least = limits.get("min_pixels") or vision_process.VIDEO_MIN_TOKEN_NUM * area
+    total = vision_process.MODEL_SEQ_LEN * area * 0.9
+    most = min(vision_process.VIDEO_MAX_TOKEN_NUM * area, total / pictures * _PICTURES)
+    most = max(most, int(least * 1.05))
+    if limits.get("max_pixels"):
+        most = min(most, limits["max_pixels"])
+    if most < least:
+        raise OptionError(f"max_pixels ({most}) is below min_pixels ({least}).")
+    return vision_process.smart_resize(
+        height, width, factor=factor, min_pixels=int(least), max_pixels=int(most)
+    )
+
+
+def prepare_pixels(processor: Any, pictures: Tensor, seconds_per_picture: float) -> Pixels:
+    """Normalise and patch pictures that already have their final size.
+
+    The processor's own code does it; an odd last picture is paired with itself.
+    """
+    video_processor = processor.video_processor
+    out = video_processor(
+        videos=[pictures], do_resize=False, do_sample_frames=False, return_tensors="pt"
+    )
+    t, h, w = out["video_grid_thw"][0].tolist()
+    merge = video_processor.merge_size
+    clip = Clip(t, h // merge, w // merge, seconds_per_picture * _PICTURES)
+    return Pixels(out["pixel_values_videos"], clip)
+
+
+def expand_prompt(processor: Any, text: str, videos: Sequence[Clip]) -> Tensor:
+    """Tokenise a templated prompt with each video placeholder as its visual tokens."""
+    token = processor.video_token
+    pieces = text.split(token)
+    if len(pieces) != len(videos) + 1:
+        raise PromptError(
+            f"The prompt has {len(pieces) - 1} places for a video, but there are {len(videos)}."
+        )
+    filled = pieces[0]
+    for clip, rest in zip(videos, pieces[1:], strict=True):
+        filled += token * (clip.frames * clip.rows * clip.columns) + rest
+    return processor.tokenizer(filled, return_tensors="pt")["input_ids"][0]
+
+
+def _vision_process() -> Any:
+    try:
+        from qwen_vl_utils import vision_process
+    except ImportError as error:
+        raise OptionError(
+            "Qwen2.5-VL's choice of frames and sizes comes from qwen-vl-utils, which is not "
+            "installed. Run: pip install 'flexselect[qwen]'"
+        ) from error
+    return vision_process
