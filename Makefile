@@ -1,0 +1,69 @@
+# Every target sets up .venv by itself; `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# The first Python on the path that the project supports.
+SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
+	"$$p" -c "$(SUPPORTED)" 2>/dev/null && echo "$$p" && break; done)
+EXTRAS ?= dev
+
+# Arguments for pytest, e.g. make pytest ARGS="tests/core -x"
+ARGS ?=
+# Folder with golden data, and the folder of its cases: every folder below it with a meta.json.
+FLEXSELECT_SHARED ?= ../shared
+FIXTURES ?= $(FLEXSELECT_SHARED)/fixtures
+
+# Passive waiting: threads that spin on busy cores cost more than they gain.
+export OMP_NUM_THREADS ?= 2
+export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 0
+export FLEXSELECT_SHARED
+
+.PHONY: help install test lint pytest format fixtures clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## set up .venv with the pinned versions (costs nothing when up to date)
+
+$(STAMP): pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "No Python 3.10, 3.11 or 3.12 with venv found; install one or name it: make install PYTHON=..." >&2; \
+		exit 1; fi
+	@rm -f $@
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[$(EXTRAS)]"
+	@mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/flexselect
+	@touch $@
+
+test: lint pytest ## lint, then all tests: what CI runs
+
+lint: install ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+pytest: install ## the tests alone; choose some with ARGS="tests/core -x"
+	$(BIN)/pytest -q $(ARGS)
+
+format: install ## rewrite the code to the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+fixtures: install ## compare with the golden data in FIXTURES=folder
+	@if [ ! -d "$(FIXTURES)" ]; then \
+		echo "No golden data at $(FIXTURES); name its folder: make fixtures FIXTURES=..." >&2; exit 1; fi
+	find -L "$(FIXTURES)" -name meta.json -path '*/*/meta.json' -printf '%h\0' | sort -z \
+		| xargs -0 $(BIN)/python scripts/check_fixture.py
+
+clean: ## remove caches and build outputs; .venv stays
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,40 @@
+"""No test reaches the network, and none passes while transformers reports a deprecation."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Read by huggingface_hub when it is imported, so set before any test module is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+class _Deprecations(logging.Handler):
+    """Keeps what the loggers of transformers say about deprecated names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" in message.lower():
+            self.messages.append(f"{record.name}: {message}")
+
+
+# transformers logs a deprecation once per process: listening starts here, before the test modules
+# are imported, and a message of the import or of a shared fixture fails the test that comes next.
+_deprecations = _Deprecations()
+logging.getLogger("transformers").addHandler(_deprecations)
+
+
+@pytest.fixture(autouse=True)
+def no_deprecated_transformers() -> Iterator[None]:
+    """Fail the test during or before which transformers logged a deprecation."""
+    yield
+    messages, _deprecations.messages = _deprecations.messages, []
+    if messages:
+        pytest.fail("transformers logged a deprecation:\n" + "\n".join(messages), pytrace=False)
