@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -49,7 +50,7 @@ class Request:
 
 
 class Scorer(Protocol):
-    """What can rank the visual tokens of a prompt: a model at its reference layer, or a selector."""
+    """What ranks visual tokens: a model at its reference layer, or a Lite selector."""
 
     @property
     def num_layers(self) -> int:
@@ -168,17 +169,42 @@ class Architecture(ABC):
 
     def continue_from(self, positions: Sequence[Tensor]) -> None:
         """Prepare a caller's own decoding loop to go on after prompts with these positions."""
+        return
 
     # -- files -------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def load_model(
+        cls,
+        folder: Path,
+        dtype: torch.dtype | None,
+        device_map: Any,
+        attn_implementation: str | None,
+    ) -> Any:
+        """Load a checkpoint; ``dtype`` None means as stored. No weight may be left random."""
+
+    @classmethod
+    @abstractmethod
+    def load_processor(cls, folder: Path) -> Any:
+        """Load the processor of a checkpoint."""
 
     @abstractmethod
     def load_selector(self, path: str) -> Any:
         """Load a Lite selector of this family: ours, or in the format the reference publishes."""
 
+    def sample(self, count: int, fps: float, sampling: Mapping[str, Any]) -> Tensor | None:
+        """Choose pictures of a video of ``count`` at ``fps`` by the family's own policy, if any.
+
+        ``sampling`` is the ``video`` section of a preset. Returns int64 indices, ascending, or
+        None for a family that samples by ``frames`` or ``fps`` alone.
+        """
+        return None
+
     @abstractmethod
-    def picture_size(self, height: int, width: int, pictures: int, limits: Mapping[str, Any]) -> (
-        tuple[int, int]
-    ):
+    def picture_size(
+        self, height: int, width: int, pictures: int, limits: Mapping[str, Any]
+    ) -> tuple[int, int]:
         """Choose the size at which ``pictures`` of a video are looked at: (height, width)."""
 
     @abstractmethod

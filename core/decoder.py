@@ -92,7 +92,5 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _causal_mask(embeds: Tensor) -> Tensor:
     """Additive mask ``(1, 1, tokens, tokens)``; eager attention without one sees the future."""
     tokens = embeds.shape[1]
-    lowest = torch.finfo(embeds.dtype).min
-    return torch.full((1, 1, tokens, tokens), lowest, dtype=embeds.dtype, device=embeds.device).triu(
-        1
-    )
+    mask = embeds.new_full((1, 1, tokens, tokens), torch.finfo(embeds.dtype).min)
+    return mask.triu(1)

@@ -1,4 +1,4 @@
-"""The errors a user can act on: each message names the file or option, what was expected, and the remedy."""
+"""The errors a user can act on: a message names file or option, what was expected, the remedy."""
 
 
 class FlexSelectError(Exception):

@@ -1,4 +1,4 @@
-"""Find a checkpoint: a folder of this machine, or a repository of the Hugging Face hub by its id."""
+"""Find a checkpoint: a folder of this machine, or a repository of the hub by its id."""
 
 from __future__ import annotations
 

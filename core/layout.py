@@ -1,4 +1,4 @@
-"""Where everything stands in a prompt: text, the frames of its videos with the text of each, and the query.
+"""Where everything stands in a prompt: text, the frames of its videos, the query.
 
 A prompt is laid out as prefix, frames, query. A *frame* is what moves as one when frame sets are
 formed: its visual tokens and any text that belongs to it, such as a time stamp. Everything here is

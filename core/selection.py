@@ -145,10 +145,11 @@ class Selection:
                 break
             if not free[peak]:
                 continue
+            belongs = [free[i] and scores[i] >= scores[peak] / 2 for i in range(len(scores))]
             first = last = peak
-            while first > 0 and free[first - 1] and scores[first - 1] >= scores[peak] / 2:
+            while first > 0 and belongs[first - 1]:
                 first -= 1
-            while last + 1 < len(scores) and free[last + 1] and scores[last + 1] >= scores[peak] / 2:
+            while last + 1 < len(scores) and belongs[last + 1]:
                 last += 1
             free[first : last + 1] = [False] * (last + 1 - first)
             # A frame is on screen until the next one comes.

@@ -16,14 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.architecture import Architecture, Request
+from ..core.architecture import Architecture
 from ..core.errors import FlexSelectError, OptionError, PromptError
-from ..core.layout import NONE, Prompt
 from ..core.selection import Selection
-from .features import Encoded, Features, assemble, encode
+from .engine import Engine
 from .methods import FlexSelect, Method
-from .presets import preset_of
-from .registry import architecture_of
 
 _PATCHED = ("generate", "forward")
 
@@ -54,17 +51,7 @@ def apply(model: Any, method: Method | None = None, **knobs: Any) -> Any:
         )
     if method is not None and knobs:
         raise OptionError("Give either a method or the knobs of FlexSelect, not both.")
-    if method is None:
-        unknown = set(knobs) - {field.name for field in dataclasses.fields(FlexSelect)}
-        if unknown:
-            raise OptionError(
-                f"Unknown knobs {sorted(unknown)}; FlexSelect has "
-                f"{[field.name for field in dataclasses.fields(FlexSelect)]}."
-            )
-        method = FlexSelect(**knobs)
-    architecture = architecture_of(model)
-    resolved = method.resolve(architecture, preset_of(architecture).method)
-    model.flexselect = Applied(model, architecture, resolved)
+    model.flexselect = Applied(Engine(model, method or method_from(FlexSelect, knobs)))
     return model
 
 
@@ -81,57 +68,75 @@ def is_applied(model: Any) -> bool:
     return isinstance(model.__dict__.get("flexselect"), Applied)
 
 
+def method_from(method: type[Method], knobs: Mapping[str, Any]) -> Method:
+    """Build a method from named knobs, or raise `OptionError` naming those it does not have."""
+    known = [field.name for field in dataclasses.fields(method)]
+    unknown = sorted(set(knobs) - set(known))
+    if unknown:
+        raise OptionError(f"{method.name} has no knob {', '.join(unknown)}; its knobs are {known}.")
+    return method(**knobs)
+
+
 class Applied:
     """A method at work on a model; found as ``model.flexselect``.
 
     Attributes
     ----------
-    architecture : the family's view of the model.
-    method : the method, every knob filled.
+    engine : what does the work.
     selections : one `Selection` (or None for a prompt without video) a row of the latest call.
     """
 
-    def __init__(self, model: Any, architecture: Architecture, method: Method) -> None:
-        self.architecture = architecture
-        self.method = method
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
         self.selections: list[Selection | None] = []
-        self._model = model
+        model = engine.model
         self._before = {name: model.__dict__.get(name) for name in _PATCHED}
-        self._generate = model.generate
-        self._forward = model.forward
+        #: The model's own methods, which do not select.
+        self.stock_generate = model.generate
+        self.stock_forward = model.forward
         # The originals' signatures stay visible: stock generation inspects forward's.
-        model.generate = _like(self._generate, self.generate)
-        model.forward = _like(self._forward, self.forward)
+        model.generate = _like(self.stock_generate, self._generate)
+        model.forward = _like(self.stock_forward, self._forward)
+
+    @property
+    def method(self) -> Method:
+        """The method, every knob filled."""
+        return self.engine.method
+
+    @property
+    def architecture(self) -> Architecture:
+        """The family's view of the model."""
+        return self.engine.architecture
 
     def detach(self) -> None:
         """Give the model its own methods back."""
         for name, value in self._before.items():
             if value is None:
-                delattr(self._model, name)
+                delattr(self.engine.model, name)
             else:
-                setattr(self._model, name, value)
+                setattr(self.engine.model, name, value)
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Answer from the selected tokens; the prompt's ids still lead what is returned."""
-        if inputs is not None and "input_ids" not in kwargs:
+        if inputs is not None and kwargs.get("input_ids") is None:
             kwargs["input_ids"], inputs = inputs, None
         if not self._selects(kwargs):
-            return self._generate(inputs, *args, **kwargs)
+            return self.stock_generate(inputs, *args, **kwargs)
         ids = kwargs["input_ids"]
-        prefill, kwargs, _ = self._prepare(kwargs, left=True)
+        prefill, options, _ = self._prepare(kwargs, left=True)
+        options = count_new_tokens(options, self.engine.model.generation_config, ids.shape[1])
         # With ids beside the embeddings, stock generation reads the embeddings once and goes on
         # from the ids: they lead the output, reach the streamer and the logits processors.
-        kwargs = _count_new_tokens(kwargs, self._model.generation_config, ids.shape[1])
-        return self._generate(None, *args, input_ids=ids, **prefill, **kwargs)
+        return self.stock_generate(None, *args, input_ids=ids, **prefill, **options)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on the selected tokens; logits are those of the shorter prompt."""
         if args:
-            names = inspect.signature(self._forward).parameters
+            names = inspect.signature(self.stock_forward).parameters
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         if not self._selects(kwargs):
-            return self._forward(**kwargs)
+            return self.stock_forward(**kwargs)
         if kwargs.get("labels") is not None:
             raise OptionError(
                 "labels cannot be used while a method is applied: dropped tokens have no logits. "
@@ -139,50 +144,9 @@ class Applied:
             )
         mask = kwargs.get("attention_mask")
         left = mask is None or bool(mask[:, -1].all())
-        prefill, kwargs, positions = self._prepare(kwargs, left)
+        prefill, options, positions = self._prepare(kwargs, left)
         self.architecture.continue_from(positions)
-        return self._forward(**prefill, **kwargs)
-
-    def select(
-        self, encoded: Encoded, progress: Callable[[str, int, int], None] | None = None
-    ) -> Selection | None:
-        """Run the method on one prompt; None for a prompt without video."""
-        if not encoded.prompt.num_visual:
-            return None
-        selection = self.method.select(encoded, self.architecture, progress)
-        selection.settings.update(self._settings())
-        return selection
-
-    def gather(self, encoded: Encoded, selection: Selection | None) -> tuple[Tensor, Tensor]:
-        """Embed what stays of a prompt: ``(tokens, hidden)`` and its position ids."""
-        prompt = encoded.prompt
-        rows = (
-            torch.arange(len(prompt.layout))
-            if selection is None
-            else kept_rows(prompt, selection.kept)
-        )
-        if selection is not None and self.method.positions == "compact":
-            positions = self.architecture.compact_positions(prompt, rows)
-        else:
-            positions = self.architecture.positions(prompt)[..., rows]
-        embed = self.architecture.embed
-        return assemble(prompt.layout, rows, encoded.features.model, embed), positions
-
-    def prefill(self, parts: list[tuple[Tensor, Tensor]], left: bool) -> dict[str, Tensor]:
-        """Pad gathered rows to one batch: inputs_embeds, attention_mask and position_ids."""
-        length = max(len(embeds) for embeds, _ in parts)
-        device = parts[0][0].device
-
-        def pad(part: Tensor) -> Tensor:
-            missing = length - part.shape[-1]
-            return torch.nn.functional.pad(part, (missing, 0) if left else (0, missing))
-
-        mask = torch.stack([pad(torch.ones(len(e), dtype=torch.long)) for e, _ in parts])
-        return {
-            "inputs_embeds": torch.stack([pad(embeds.mT).mT for embeds, _ in parts]),
-            "attention_mask": mask.to(device),
-            "position_ids": torch.stack([pad(p) for _, p in parts], -2).to(device),
-        }
+        return self.stock_forward(**prefill, **options)
 
     def _selects(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether this call brings a new prompt with a video."""
@@ -202,57 +166,37 @@ class Applied:
         self, kwargs: dict[str, Any], left: bool
     ) -> tuple[dict[str, Tensor], dict[str, Any], list[Tensor]]:
         """Turn a processor's batch into the prefill of what stays, and the caller's options."""
-        requests = self.architecture.read(kwargs)
         self.selections = []
         parts = []
-        for request in requests:
-            encoded = self._encode(request)
-            self.selections.append(self.select(encoded))
-            parts.append(self.gather(encoded, self.selections[-1]))
-        dropped = {"input_ids", "attention_mask", "position_ids", *self.architecture.vision_inputs}
-        options = {name: value for name, value in kwargs.items() if name not in dropped}
-        return self.prefill(parts, left), options, [positions for _, positions in parts]
-
-    def _encode(self, request: Request) -> Encoded:
-        prompt = request.prompt
-        if not request.pixels:
-            hidden = self.architecture.embed(torch.zeros(0, dtype=torch.long)).detach().cpu()
-            return Encoded(prompt, Features(hidden), ())
-        selector = self.method.selector_for(self.architecture)
-        features = encode(self.architecture, request.pixels, selector)
-        times = tuple(
-            torch.arange(clip.frames, dtype=torch.float64) * clip.seconds_per_frame
-            for clip in prompt.videos
-        )
-        return Encoded(prompt, features, times)
-
-    def _settings(self) -> dict[str, Any]:
-        import transformers
-
-        return {
-            "family": self.architecture.family,
-            "model": self._model.config._name_or_path,
-            "dtype": str(self._model.dtype).removeprefix("torch."),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
+        for request in self.architecture.read(kwargs):
+            encoded = self.engine.encode(request)
+            self.selections.append(self.engine.select(encoded))
+            parts.append(self.engine.gather(encoded, self.selections[-1]))
+        taken = {"input_ids", "attention_mask", "position_ids", *self.architecture.vision_inputs}
+        options = {name: value for name, value in kwargs.items() if name not in taken}
+        return self.engine.prefill(parts, left), options, [positions for _, positions in parts]
 
 
-def kept_rows(prompt: Prompt, kept: Tensor) -> Tensor:
-    """Token indices that stay when only the visual tokens ``kept`` do: int64, ascending.
+def count_new_tokens(options: dict[str, Any], default: Any, prompt_length: int) -> dict[str, Any]:
+    """Restate ``max_length``, which counts the caller's prompt, as ``max_new_tokens``.
 
-    Text stays, except what belongs to a frame of which no visual token is kept.
+    Stock generation would count the shorter, selected prompt.
     """
-    layout = prompt.layout
-    rows = prompt.visual_rows()[kept]
-    keep = (layout.frame == NONE) & ~layout.visual
-    keep[rows] = True
-    for video, clip in enumerate(prompt.videos):
-        mine = ((layout.video == video) & (layout.frame != NONE)).nonzero()[:, 0]
-        shown = torch.zeros(clip.frames, dtype=torch.bool)
-        shown[layout.frame[mine[keep[mine]]]] = True
-        keep[mine] |= shown[layout.frame[mine]] & ~layout.visual[mine]
-    return keep.nonzero()[:, 0]
+    config = options.get("generation_config") or default
+    if options.get("max_new_tokens") is not None or config.max_new_tokens is not None:
+        return options
+    limit = options.get("max_length", config.max_length)
+    if limit is None:
+        return options
+    if limit <= prompt_length:
+        raise OptionError(
+            f"max_length={limit} leaves no room after a prompt of {prompt_length} tokens. Set "
+            "max_new_tokens instead."
+        )
+    config = copy.deepcopy(config)
+    config.max_length, config.max_new_tokens = None, limit - prompt_length
+    rest = {name: value for name, value in options.items() if name != "max_length"}
+    return {**rest, "generation_config": config}
 
 
 def _like(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
@@ -261,25 +205,3 @@ def _like(original: Callable[..., Any], replacement: Callable[..., Any]) -> Call
         return replacement(*args, **kwargs)
 
     return call
-
-
-def _count_new_tokens(kwargs: dict[str, Any], default: Any, prompt_length: int) -> dict[str, Any]:
-    """Restate ``max_length``, which counts the caller's prompt, as ``max_new_tokens``.
-
-    Stock generation would count the shorter, selected prompt.
-    """
-    config = kwargs.get("generation_config") or default
-    if kwargs.get("max_new_tokens") is not None or config.max_new_tokens is not None:
-        return kwargs
-    limit = kwargs.get("max_length", config.max_length)
-    if limit is None:
-        return kwargs
-    if limit <= prompt_length:
-        raise OptionError(
-            f"max_length={limit} leaves no room after a prompt of {prompt_length} tokens. Set "
-            "max_new_tokens instead."
-        )
-    config = copy.deepcopy(config)
-    config.max_length, config.max_new_tokens = None, limit - prompt_length
-    rest = {name: value for name, value in kwargs.items() if name != "max_length"}
-    return {**rest, "generation_config": config}

@@ -126,6 +126,8 @@ def assemble(
     ``(n, hidden)``, on the device and in the dtype of ``embed``.
     """
     here = layout.feature[rows]
+    if not bool(here.any()):
+        return embed(layout.ids[rows])
     # Placeholder ids are never embedded; some families' lie outside the table.
     embeds = embed(layout.ids[rows].masked_fill(here, 0))
     wanted = (layout.feature.cumsum(0) - 1)[rows[here]]

@@ -137,7 +137,7 @@ class Budgeted(Method):
         check_budget(self.budget)
 
     def quota(self, encoded: Encoded, architecture: Architecture) -> int:
-        """Visual tokens that stay of this prompt: the budget as the family's reference rounds it."""
+        """Return the budget as the family's reference rounds it for this prompt."""
         return architecture.effective_budget(check_budget(self.budget), encoded.prompt)
 
     def shares(self, encoded: Encoded, architecture: Architecture) -> list[tuple[Tensor, int]]:
@@ -276,7 +276,8 @@ class FlexSelect(Budgeted):
         budget = self.quota(encoded, architecture)
         if budget >= prompt.num_visual:
             return torch.arange(prompt.num_visual), None
-        assert self.layer is not None and self.frames_per_set is not None
+        assert self.layer is not None
+        assert self.frames_per_set is not None
         if self.selector is None:
             scorer, features = architecture, encoded.features.model
         else:

@@ -1,1 +1,1 @@
-"""x"""
+"""Qwen2.5-VL: the stock model, its positions, and its Lite selector."""

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Qwen2_5_VLProcessor
 
 from ..core.architecture import Architecture, Pixels, Request
 from ..core.budget import round_up
 from ..core.decoder import device_of, reference_states
-from ..core.errors import OptionError
 from ..core.layout import Clip, Prompt
-from .convert import load_selector
+from .convert import load_model, load_selector
 from .encode import encode_pixels, layout_prompt, read_requests
-from .prepare import expand_prompt, picture_size, prepare_pixels, sample_pictures
 from .positions import compact_positions, whole_positions
+from .prepare import expand_prompt, picture_size, prepare_pixels, sample_pictures
 from .selector import Qwen2_5_VLSelector
 
 
@@ -83,6 +84,22 @@ class Qwen2_5_VL(Architecture):
         """Let the model number further tokens on from the last position of each row."""
         deltas = [int(part.max()) + 1 - part.shape[-1] for part in positions]
         self.model.model.rope_deltas = torch.tensor(deltas, device=self.model.device)[:, None]
+
+    @classmethod
+    def load_model(
+        cls,
+        folder: Path,
+        dtype: torch.dtype | None,
+        device_map: Any,
+        attn_implementation: str | None,
+    ) -> Any:
+        """Load a checkpoint; stock transformers reads the released layout and its own."""
+        return load_model(folder, dtype, device_map, attn_implementation)
+
+    @classmethod
+    def load_processor(cls, folder: Path) -> Any:
+        """Load the stock processor."""
+        return Qwen2_5_VLProcessor.from_pretrained(folder)
 
     def load_selector(self, path: str) -> Qwen2_5_VLSelector:
         """Load a Lite selector, ours or published."""

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: the published Lite selector's configuration and keys in this project's terms.
+"""Qwen2.5-VL: loading checkpoints, and the published Lite selector in this project's terms.
 
 Main checkpoints need no conversion: stock transformers reads both the released key layout and its
 own.
@@ -7,12 +7,15 @@ own.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration
 
-from ..core.checkpoint import Checkpoint, load_into, read_json
+from ..core.checkpoint import Checkpoint, load_into, read_json, some
 from ..core.errors import CheckpointError, UnsupportedModelError
 from ..core.hub import local_folder
 from ..core.relevance import check_aggregation
@@ -37,6 +40,27 @@ _TEXT_FIELDS = (
     "pad_token_id",
     "use_sliding_window",
 )
+
+
+def load_model(
+    folder: Path, dtype: torch.dtype | None, device_map: Any, attn_implementation: str | None
+) -> Any:
+    """Load a checkpoint; see `Architecture.load_model`."""
+    Checkpoint(folder)  # names missing and damaged files better than what follows would
+    model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder,
+        dtype="auto" if dtype is None else dtype,
+        device_map=device_map,
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+    )
+    wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
+    if wrong:
+        raise CheckpointError(
+            f"{folder} does not fit Qwen2.5-VL: "
+            + "; ".join(f"{what}: {some(names)}" for what, names in wrong.items())
+        )
+    return model
 
 
 def load_selector(path: str, model: Any) -> Qwen2_5_VLSelector:
@@ -79,7 +103,7 @@ def _keep_key(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def _check_fit(selector: Qwen2_5_VLSelector, model: Any, path: str) -> None:
-    """The tower's width and the token ids must be those the selector was trained on."""
+    """Check that the tower is of the kind the selector was trained on."""
     ours, theirs = selector.config, model.config
     pairs = {
         "width of the vision tower": (ours.vision_hidden_size, theirs.vision_config.hidden_size),

@@ -67,5 +67,5 @@ def compact_positions(prompt: Prompt, rows: Tensor, tokens_per_second: float) ->
         videos.append(replace(clip, frames=int(shown.sum())))
     view = in_view.nonzero()[:, 0]
     visible = replace(layout, frame=frame).take(view)
-    positions = whole_positions(replace(prompt, layout=visible, videos=tuple(videos)), tokens_per_second)
-    return positions[:, keep[view]]
+    alone = replace(prompt, layout=visible, videos=tuple(videos))
+    return whole_positions(alone, tokens_per_second)[:, keep[view]]

@@ -74,7 +74,12 @@ def prepare_pixels(processor: Any, pictures: Tensor, seconds_per_picture: float)
     """
     video_processor = processor.video_processor
     out = video_processor(
-        videos=[pictures], do_resize=False, do_sample_frames=False, return_tensors="pt"
+        videos=[pictures],
+        do_resize=False,
+        do_sample_frames=False,
+        # The size is settled, by the same rule; said so that nothing warns about it.
+        cap_pixels_per_frame=False,
+        return_tensors="pt",
     )
     t, h, w = out["video_grid_thw"][0].tolist()
     merge = video_processor.merge_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -31,7 +31,7 @@ class Qwen2_5_VLSelectorConfig(PreTrainedConfig):
     """
 
     model_type = "flexselect_qwen2_5_vl"
-    sub_configs = {"text_config": Qwen2_5_VLTextConfig}
+    sub_configs: ClassVar[dict[str, type]] = {"text_config": Qwen2_5_VLTextConfig}
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Qwen2_5_VLSelectorConfig(PreTrainedConfig):
     ) -> None:
         if not isinstance(text_config, Qwen2_5_VLTextConfig):
             text_config = Qwen2_5_VLTextConfig(**(text_config or {}))
-        self.text_config = text_config
+        self.text_config: Qwen2_5_VLTextConfig = text_config
         self.vision_hidden_size = vision_hidden_size
         self.spatial_merge_size = spatial_merge_size
         self.tokens_per_second = tokens_per_second
@@ -69,7 +69,7 @@ class Qwen2_5_VLSelector(PreTrainedModel):
     config: Qwen2_5_VLSelectorConfig
     _supports_sdpa = True
     _supports_flash_attn = True
-    _no_split_modules = ["Qwen2_5_VLDecoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["Qwen2_5_VLDecoderLayer"]
 
     def __init__(self, config: Qwen2_5_VLSelectorConfig) -> None:
         super().__init__(config)
@@ -119,4 +119,3 @@ class Qwen2_5_VLSelector(PreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """Query and key states of ``layer``; see `core.decoder.reference_states`."""
         return reference_states(self.language_model, embeds, positions, layer, query_rows)
-

@@ -1,0 +1,240 @@
+"""The ``flexselect`` command: ask a video, list what is supported."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .core.errors import FlexSelectError
+
+app = typer.Typer(
+    help="Answer questions about long videos from the visual tokens that matter.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+
+class Positions(str, Enum):
+    """Choices of ``--positions``."""
+
+    original = "original"
+    compact = "compact"
+
+
+class Query(str, Enum):
+    """Choices of ``--query``."""
+
+    all = "all"
+    last = "last"
+
+
+class MethodName(str, Enum):
+    """Choices of ``--method``."""
+
+    flexselect = "flexselect"
+    full = "full"
+    uniform = "uniform"
+    random = "random"
+
+
+@app.callback()
+def _root() -> None:
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=err, show_path=False, show_time=False, markup=False)],
+    )
+
+
+@app.command()
+def ask(
+    video: Annotated[Path, typer.Argument(help="A video file.", show_default=False)],
+    question: Annotated[str, typer.Argument(help="What to ask about it.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Folder or hub id of the model.", show_default=False)],
+    method: Annotated[
+        MethodName, typer.Option(help="How to choose tokens.")
+    ] = MethodName.flexselect,
+    selector: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a Lite selector.")
+    ] = None,
+    budget: Annotated[int | None, typer.Option(help="Visual tokens that may stay.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Reference layer, from 0.")] = None,
+    aggregation: Annotated[
+        str | None, typer.Option(help="max or mean, over heads and asking tokens.")
+    ] = None,
+    query: Annotated[Query | None, typer.Option(help="Which text tokens ask.")] = None,
+    frames_per_set: Annotated[int | None, typer.Option(help="Most frames of a set.")] = None,
+    positions: Annotated[
+        Positions | None, typer.Option(help="Position ids of kept tokens.")
+    ] = None,
+    fps: Annotated[float | None, typer.Option(help="Pictures a second to look at.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Pictures to look at, instead of --fps.")
+    ] = None,
+    max_frames: Annotated[
+        int | None, typer.Option(help="Most pictures to look at with --fps.")
+    ] = None,
+    min_pixels: Annotated[int | None, typer.Option(help="Least pixels of a picture.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="Most pixels of a picture.")] = None,
+    backend: Annotated[str, typer.Option(help="Decoder: pyav, decord or torchcodec.")] = "pyav",
+    frames_per_chunk: Annotated[
+        int | None, typer.Option(help="Most frames on the device while encoding.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute; default: a GPU if there is one.")
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="Spread the model over devices, e.g. auto.")
+    ] = None,
+    attn: Annotated[
+        str | None, typer.Option(help="Attention kernel, e.g. sdpa or flash_attention_2.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    moments: Annotated[int, typer.Option(help="Most moments to name.")] = 5,
+    save: Annotated[Path | None, typer.Option(help="Also save the selection to this path.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress display.")] = False,
+) -> None:
+    """Answer QUESTION about VIDEO, and say what the answer was read from."""
+    with _errors():
+        from transformers.utils import logging as logging_of_transformers
+
+        from .inference.apply import method_from
+        from .inference.features import FRAMES_PER_CHUNK
+        from .inference.methods import METHODS
+        from .inference.registry import load_model, load_processor
+        from .inference.session import open_video
+        from .inference.video import probe
+
+        knobs = {
+            "selector": selector,
+            "budget": budget,
+            "layer": layer,
+            "aggregation": aggregation,
+            "query": None if query is None else query.value,
+            "frames_per_set": frames_per_set,
+            "positions": None if positions is None else positions.value,
+        }
+        given = {name: value for name, value in knobs.items() if value is not None}
+        chosen = method_from(METHODS[method.value], given)
+        probe(video)  # a wrong path should not cost the time it takes to load a model
+        logging_of_transformers.disable_progress_bar()
+        with _progress(quiet or as_json) as progress:
+            progress("load", 0, 1)
+            loaded = load_model(model, dtype, device, device_map, attn)
+            processor = load_processor(model)
+            progress("load", 1, 1)
+            opened = open_video(
+                loaded,
+                processor,
+                video,
+                method=chosen,
+                backend=backend,
+                frames_per_chunk=frames_per_chunk or FRAMES_PER_CHUNK,
+                progress=progress,
+                fps=fps,
+                frames=frames,
+                max_frames=max_frames,
+                min_pixels=min_pixels,
+                max_pixels=max_pixels,
+            )
+            answer = opened.ask(question, progress, max_new_tokens=max_new_tokens)
+        if save is not None:
+            answer.selection.save(save)
+        report = {
+            "answer": answer.text,
+            "cut": answer.cut,
+            "question": question,
+            "visual_tokens": answer.selection.num_visual,
+            "kept_tokens": len(answer.selection.kept),
+            "seconds": {**opened.seconds, **answer.seconds},
+            "moments": [vars(moment) for moment in answer.selection.moments(moments)],
+            "decided_by": answer.selection.settings,
+        }
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+    else:
+        _show(report)
+
+
+def main() -> None:
+    """Run the command."""
+    app()
+
+
+def _show(report: dict[str, Any]) -> None:
+    """Print an answer for people."""
+    out.print(report["answer"] or "(the model said nothing)", markup=False, highlight=False)
+    if report["cut"]:
+        err.print("The answer was cut at --max-new-tokens.", style="yellow")
+    before, after = report["visual_tokens"], report["kept_tokens"]
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("tokens", f"{before:,} → {after:,} visual ({after / before:.0%} kept)")
+    table.add_row("time", "  ".join(f"{k} {v:.2f} s" for k, v in report["seconds"].items()))
+    for index, moment in enumerate(report["moments"]):
+        table.add_row(
+            "" if index else "read from",
+            f"{_stamp(moment['start'])} - {_stamp(moment['end'])}  "
+            f"({moment['kept']} tokens, relevance {moment['score']:.2g})",
+        )
+    if not report["moments"]:
+        table.add_row("read from", "the whole video: nothing was ranked")
+    method = report["decided_by"]
+    table.add_row("method", f"{method['method']}, preset {method['preset']}, {method['model']}")
+    out.print()
+    out.print(table)
+
+
+def _stamp(seconds: float) -> str:
+    """Write seconds as h:mm:ss.s."""
+    minutes, rest = divmod(seconds, 60)
+    hours, minutes = divmod(int(minutes), 60)
+    return f"{hours}:{minutes:02d}:{rest:04.1f}" if hours else f"{minutes}:{rest:04.1f}"
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn an error that was raised on purpose into one line and exit code 1."""
+    try:
+        yield
+    except FlexSelectError as error:
+        err.print(f"flexselect: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def _progress(silent: bool) -> Iterator[Any]:
+    """Show one bar a stage on standard error."""
+    columns = (
+        TextColumn("{task.description:>7}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=err, disable=silent, transient=False) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total or None)
+            bars.update(tasks[stage], completed=done)
+
+        yield advance

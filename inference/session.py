@@ -1,0 +1,382 @@
+"""A video, opened once and asked many questions: decoding and encoding are paid for once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from ..core.architecture import Pixels
+from ..core.errors import OptionError, PromptError
+from ..core.layout import Clip
+from ..core.selection import Moment, Selection
+from .apply import count_new_tokens, is_applied
+from .engine import Engine
+from .features import FRAMES_PER_CHUNK, Encoded, Features, Progress, encode
+from .methods import FlexSelect, Method
+from .video import DecodeReport, FrameStream, probe, read_frames, sample_fps, sample_uniform
+
+_SAMPLING = ("fps", "frames", "min_frames", "max_frames", "min_pixels", "max_pixels")
+
+#: Answers are short unless asked otherwise.
+MAX_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and what it was read from.
+
+    Attributes
+    ----------
+    text : the answer.
+    ids : int64 ``(tokens,)``, the generated token ids.
+    selection : which visual tokens it was read from, and their relevance.
+    seconds : time by stage of this question: rank, gather, prefill (to the first token), answer.
+    cut : whether it stopped at ``max_new_tokens`` instead of by itself.
+    """
+
+    text: str
+    ids: Tensor
+    selection: Selection
+    seconds: dict[str, float]
+    cut: bool
+
+    @property
+    def moments(self) -> list[Moment]:
+        """The stretches of video it was read from, best first."""
+        return self.selection.moments()
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Video:
+    """An encoded video; `open_video` makes it. Its features lie in host memory.
+
+    Attributes
+    ----------
+    engine : the model and the method.
+    processor : the model's processor.
+    clip : its visual tokens.
+    features, times : as in `Encoded`.
+    report : what was decoded, and what was lost to damage.
+    record : path, sampling and sizes: what decided the features.
+    seconds : time by stage of opening it: decode, encode.
+    """
+
+    engine: Engine
+    processor: Any
+    clip: Clip
+    features: Features
+    times: Tensor
+    report: DecodeReport
+    record: dict[str, Any]
+    seconds: dict[str, float]
+
+    def ask(self, question: str, progress: Progress | None = None, **generation: Any) -> Answer:
+        """Answer a question about the video; the visual tokens are ranked anew for each.
+
+        Parameters
+        ----------
+        question : in words.
+        progress : called with a stage, what is done, and the total.
+        generation : options of ``generate``; greedy unless sampling is asked for.
+        """
+        return Chat(self).ask(question, progress, **generation)
+
+    def chat(self) -> Chat:
+        """Begin a conversation about the video in which earlier turns are remembered."""
+        return Chat(self)
+
+    def encoded(self, messages: list[dict[str, Any]], question_start: int) -> Encoded:
+        """Lay out a conversation about the video; tokens from ``question_start`` on ask."""
+        text = self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        ids = self.engine.architecture.expand(self.processor, text, [self.clip])
+        prompt = self.engine.architecture.layout(ids, [self.clip], [])
+        earlier = torch.arange(len(ids)) < question_start
+        layout = replace(prompt.layout, query=prompt.layout.query & ~earlier)
+        if not bool(layout.query.any()):
+            raise PromptError("Nothing is asked: the question is empty.")
+        return Encoded(replace(prompt, layout=layout), self.features, (self.times,))
+
+
+class Chat:
+    """A conversation about one video.
+
+    Every turn ranks anew with only the newest question asking; the model reads the whole
+    conversation.
+
+    Attributes
+    ----------
+    messages : the conversation so far, in the chat template's form.
+    """
+
+    def __init__(self, video: Video) -> None:
+        self.video = video
+        self.messages: list[dict[str, Any]] = []
+
+    @torch.no_grad()
+    def ask(self, question: str, progress: Progress | None = None, **generation: Any) -> Answer:
+        """Ask the next question; parameters as in `Video.ask`."""
+        if not question.strip():
+            raise PromptError("Nothing is asked: the question is empty.")
+        content: list[dict[str, str]] = [{"type": "text", "text": question}]
+        if not self.messages:
+            content.insert(0, {"type": "video"})
+        messages = [*self.messages, {"role": "user", "content": content}]
+        video, clock = self.video, Clock(self.video.engine.model.device)
+        encoded = video.encoded(messages, self._length_so_far())
+        with clock("rank"):
+            selection = video.engine.select(encoded, progress)
+        assert selection is not None
+        selection.settings.update(video.record)
+        with clock("gather"):
+            prefill = video.engine.prefill([video.engine.gather(encoded, selection)])
+        ids, cut = self._generate(encoded.prompt.layout.ids, prefill, clock, progress, generation)
+        tokenizer = video.processor.tokenizer
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        reply = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+        self.messages = [*messages, reply]
+        return Answer(text, ids, selection, clock.seconds, cut)
+
+    def _length_so_far(self) -> int:
+        """Tokens of the conversation before the newest turn, which do not ask."""
+        if not self.messages:
+            return 0
+        video = self.video
+        text = video.processor.apply_chat_template(self.messages, tokenize=False)
+        return len(video.engine.architecture.expand(video.processor, text, [video.clip]))
+
+    def _generate(
+        self,
+        prompt_ids: Tensor,
+        prefill: dict[str, Tensor],
+        clock: Clock,
+        progress: Progress | None,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, bool]:
+        model = self.video.engine.model
+        # A model with a method applied selects in generate; its prompt is selected here already.
+        generate = model.flexselect.stock_generate if is_applied(model) else model.generate
+        if options.get("generation_config") is None and "max_length" not in options:
+            options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **options}
+            if not options["do_sample"]:
+                # The checkpoint's sampling settings mean nothing to a greedy answer.
+                options = {"temperature": None, "top_p": None, "top_k": None, **options}
+        options = count_new_tokens(options, model.generation_config, len(prompt_ids))
+        if options.get("num_beams", 1) == 1:
+            options["streamer"] = Tee(clock, progress, options.get("streamer"))
+        clock.start("prefill")
+        out = generate(input_ids=prompt_ids[None].to(model.device), **prefill, **options)
+        clock.stop()
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        ids = sequences[0, len(prompt_ids) :].cpu()
+        stops = model.generation_config.eos_token_id
+        stops = stops if isinstance(stops, list) else [stops]
+        return ids, len(ids) == 0 or int(ids[-1]) not in stops
+
+
+def open_video(
+    model: Any,
+    processor: Any,
+    path: str | Path,
+    *,
+    method: Method | None = None,
+    backend: str = "pyav",
+    frames_per_chunk: int = FRAMES_PER_CHUNK,
+    progress: Progress | None = None,
+    **sampling: Any,
+) -> Video:
+    """Decode and encode a video file once.
+
+    Frames are decoded, encoded and let go of a chunk at a time; only their features stay, in host
+    memory.
+
+    Parameters
+    ----------
+    model, processor : of a supported family.
+    path : a video file.
+    method : how to select; default: the method applied to ``model``, else `FlexSelect` with the
+        model's preset.
+    backend : decoder: ``"pyav"``, ``"decord"`` or ``"torchcodec"``.
+    frames_per_chunk : most frames decoded and encoded at a time.
+    progress : called with a stage ("decode", "encode"), what is done, and the total.
+    sampling : ``fps``, ``frames``, ``min_frames``, ``max_frames``, ``min_pixels``, ``max_pixels``;
+        what is not given comes from the model's preset.
+
+    Raises
+    ------
+    VideoError
+        The file is missing, is no video, or is too short.
+    OptionError
+        An option is unknown or out of range.
+    """
+    if method is None:
+        engine = model.flexselect.engine if is_applied(model) else Engine(model, FlexSelect())
+    else:
+        engine = Engine(model, method)
+    architecture = engine.architecture
+    policy = _sampling(engine, sampling)
+    clock = Clock(model.device)
+    clock.start("decode")
+    info = probe(path)
+    indices = architecture.sample(info.num_frames, info.fps, policy)
+    if indices is None:
+        chosen = (
+            sample_uniform(info, policy["frames"])
+            if policy.get("frames") is not None
+            else sample_fps(
+                info,
+                policy["fps"],
+                max_frames=policy.get("max_frames"),
+                min_frames=policy.get("min_frames", 1),
+            )
+        )
+    else:
+        chosen = indices.numpy()
+    size = architecture.picture_size(info.height, info.width, len(chosen), policy)
+    group = architecture.pictures_per_frame
+    stream = read_frames(info, chosen, backend=backend, chunk=frames_per_chunk * group, size=size)
+    spacing = info.duration / len(chosen)
+    clips: list[Clip] = []
+    stamps: list[Tensor] = []
+
+    def chunks() -> Iterator[Pixels]:
+        for pictures, times in _grouped(stream, group):
+            pixels = architecture.pixels(processor, pictures, spacing)
+            clips.append(pixels.clip)
+            stamps.append(times[::group])
+            if progress is not None:
+                progress("decode", sum(map(len, stamps)) * group, len(chosen))
+            # Between one chunk asked for and the next, the time is the tower's.
+            clock.start("encode")
+            yield pixels
+            clock.start("decode")
+
+    frames = -(-len(chosen) // group)
+    selector = engine.method.selector_for(architecture)
+    features = encode(architecture, chunks(), selector, frames_per_chunk, progress, frames)
+    clock.stop()
+    clip = replace(clips[0], frames=sum(part.frames for part in clips))
+    record = {
+        "video": str(path),
+        "duration": info.duration,
+        "pictures": stream.report.decoded,
+        "pictures_lost": len(stream.report.lost),
+        "frames": clip.frames,
+        "picture_size": list(size),
+        "sampling": {name: value for name, value in policy.items() if value is not None},
+        "backend": backend,
+    }
+    return Video(
+        engine, processor, clip, features, torch.cat(stamps), stream.report, record, clock.seconds
+    )
+
+
+class Clock:
+    """Adds up time by stage, waiting for the device at each change of stage.
+
+    Attributes
+    ----------
+    seconds : stage to seconds so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        self._stage: str | None = None
+        self._since = 0.0
+
+    def start(self, stage: str) -> None:
+        """End the stage that runs, if any, and begin another."""
+        self.stop()
+        self._stage, self._since = stage, time.perf_counter()
+
+    def stop(self) -> None:
+        """End the stage that runs, if any."""
+        if self._stage is not None:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            spent = time.perf_counter() - self._since
+            self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + spent
+            self._stage = None
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time a block."""
+        self.start(stage)
+        yield
+        self.stop()
+
+
+class Tee(BaseStreamer):
+    """Notes when the first token comes, and passes everything on to the caller's streamer."""
+
+    def __init__(self, clock: Clock, progress: Progress | None, streamer: Any | None) -> None:
+        self._clock = clock
+        self._progress = progress
+        self._streamer = streamer
+        self._calls = 0
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt's ids, then one token after the other."""
+        if self._calls == 1:
+            self._clock.start("answer")
+        if self._calls and self._progress is not None:
+            self._progress("answer", self._calls, 0)
+        self._calls += 1
+        if self._streamer is not None:
+            self._streamer.put(value)
+
+    def end(self) -> None:
+        """Note the end of the answer."""
+        if self._streamer is not None:
+            self._streamer.end()
+
+
+def _sampling(engine: Engine, given: dict[str, Any]) -> dict[str, Any]:
+    """Combine the caller's sampling with the preset's, or raise `OptionError`."""
+    unknown = sorted(set(given) - set(_SAMPLING))
+    if unknown:
+        raise OptionError(f"Unknown options {unknown}; sampling has {list(_SAMPLING)}.")
+    chosen = {name: value for name, value in given.items() if value is not None}
+    for name, value in chosen.items():
+        whole = name != "fps"
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            raise OptionError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}.")
+        if value <= 0:
+            raise OptionError(f"{name} must be positive, got {value}.")
+    if "fps" in chosen and "frames" in chosen:
+        raise OptionError("Give either fps or frames, not both.")
+    preset = dict(engine.preset.video)
+    for rate, count in (("fps", "frames"), ("frames", "fps")):
+        if rate in chosen:
+            preset.pop(count, None)
+    return {**preset, **chosen}
+
+
+def _grouped(stream: FrameStream, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (pictures, seconds) in whole groups of ``size``, though damage may leave odd chunks."""
+    pictures: Tensor | None = None
+    times = torch.empty(0, dtype=torch.float64)
+    for part in stream:
+        stamps = torch.from_numpy(part.timestamps)
+        pictures = part.frames if pictures is None else torch.cat((pictures, part.frames))
+        times = torch.cat((times, stamps))
+        whole = len(times) // size * size
+        if whole:
+            yield pictures[:whole], times[:whole]
+            pictures, times = pictures[whole:], times[whole:]
+    if len(times):
+        assert pictures is not None
+        yield pictures, times
