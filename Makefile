@@ -16,7 +16,8 @@ EXTRAS ?= dev
 
 # Arguments for pytest, e.g. make pytest ARGS="tests/core -x"
 ARGS ?=
-# Folder with golden data, and the folder of its cases: every folder below it with a meta.json.
+# Folder of test data that is not in the repository, and of the golden data in it: every folder
+# below with an inputs.safetensors is a case.
 FLEXSELECT_SHARED ?= ../shared
 FIXTURES ?= $(FLEXSELECT_SHARED)/fixtures
 
@@ -37,8 +38,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@if [ -z "$(PYTHON)" ]; then \
 		echo "No Python 3.10, 3.11 or 3.12 with venv found; install one or name it: make install PYTHON=..." >&2; \
 		exit 1; fi
-	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
+	@echo "Installing the pinned versions into $(VENV): several GB, some minutes the first time."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[$(EXTRAS)]"
 	@mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/flexselect
@@ -49,7 +50,7 @@ test: lint pytest ## lint, then all tests: what CI runs
 lint: install ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy | sed 's|^$(VENV)/src/flexselect/||'
 
 pytest: install ## the tests alone; choose some with ARGS="tests/core -x"
 	$(BIN)/pytest -q $(ARGS)
@@ -61,7 +62,7 @@ format: install ## rewrite the code to the house format
 fixtures: install ## compare with the golden data in FIXTURES=folder
 	@if [ ! -d "$(FIXTURES)" ]; then \
 		echo "No golden data at $(FIXTURES); name its folder: make fixtures FIXTURES=..." >&2; exit 1; fi
-	find -L "$(FIXTURES)" -name meta.json -path '*/*/meta.json' -printf '%h\0' | sort -z \
+	find -L "$(FIXTURES)" -name inputs.safetensors -printf '%h\0' | sort -z \
 		| xargs -0 $(BIN)/python scripts/check_fixture.py
 
 clean: ## remove caches and build outputs; .venv stays

@@ -151,9 +151,33 @@ def test_test_means_lint_and_all_tests(checkout: Path) -> None:
     stand_in(checkout)
     assert run(checkout, "make", "install").returncode == 0
     steps = run(checkout, "make", "-n", "test").stdout.splitlines()
-    assert [step.split("bin/")[1].strip() for step in steps] == [
+    assert [step.split("bin/")[1].split("|")[0].strip() for step in steps] == [
         "ruff check .",
         "ruff format --check .",
         "mypy",
         "pytest -q",
     ]
+
+
+def test_fixtures_are_checked_wherever_they_lie(checkout: Path) -> None:
+    stand_in(checkout)
+    for case in ("family/a case", "family/b", "deep/er/c"):
+        (checkout / "golden" / case).mkdir(parents=True)
+        (checkout / "golden" / case / "inputs.safetensors").touch()
+    (checkout / "golden" / "tables").mkdir()
+    result = run(checkout, "make", "fixtures", "FIXTURES=golden")
+    assert result.returncode == 0, result.stderr
+    cases = "golden/deep/er/c golden/family/a case golden/family/b"
+    assert calls(checkout)[-1] == f"scripts/check_fixture.py {cases}"
+
+
+def test_a_type_error_fails_lint(checkout: Path) -> None:
+    stand_in(checkout)
+    assert run(checkout, "make", "install").returncode == 0
+    for tool, code in (("ruff", 0), ("mypy", 1)):
+        file = checkout / ".venv" / "bin" / tool
+        file.write_text(f"#!/bin/sh\necho .venv/src/flexselect/core/sets.py:1: said\nexit {code}\n")
+        file.chmod(0o755)
+    result = run(checkout, "make", "lint")
+    assert result.returncode != 0
+    assert "\ncore/sets.py:1: said" in result.stdout

@@ -1,94 +1,88 @@
 """The suite fails for what transformers deprecates, whether it warns or only logs.
 
-Each case is a test session of its own, with this repository's configuration and conftest.
+The cases are tests of one inner session, with this repository's configuration and conftest.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from flexselect.tests.paths import ROOT
 
+INNER = '''
+import logging
+import types
+import warnings
 
-def run(folder: Path, test: str) -> subprocess.CompletedProcess[str]:
-    """Run one test module as if it lay in tests/ of this repository."""
-    tests = folder / "tests"
-    tests.mkdir()
-    (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
-    (tests / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
-    (tests / "test_inner.py").write_text(test)
+logger = logging.getLogger("transformers.generation")
+logger.warning("Deprecated at import")
+
+
+def warn(module, message, category):
+    """Warn as code of that module does."""
+    source = compile("warnings.warn(message, category)", "x.py", "exec")
+    names = {"warnings": warnings, "message": message, "category": category}
+    exec(source, {**names, "__name__": module})
+
+
+def test_import_logged(): pass
+def test_quiet(): pass
+def test_logged(): logger.warning("`torch_dtype` is deprecated! Use `dtype`")
+def test_logged_other(): logger.warning("using float32")
+def test_future(): warn("transformers.models.auto", "use another", FutureWarning)
+def test_deprecation(): warn("transformers.models.auto", "use another", DeprecationWarning)
+def test_ours(): warn("flexselect.core.sets", "use another", FutureWarning)
+def test_named(): warn("other", "`x` will be removed in Transformers v6", FutureWarning)
+def test_stranger(): warn("other", "use another", DeprecationWarning)
+'''
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What pytest prints for INNER, as if it lay in tests/ of this repository."""
+    folder = tmp_path_factory.mktemp("inner")
+    (folder / "tests").mkdir()
+    for name in ("pyproject.toml", "tests/conftest.py"):
+        (folder / name).write_text((ROOT / name).read_text())
+    (folder / "tests" / "test_inner.py").write_text(INNER)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"],
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", "tests"],
         cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
-
-
-LOGGED = """
-import logging
-def test_it():
-    logging.getLogger("transformers.modeling_utils").warning("`{name}` is {what}")
-"""
-
-WARNED = """
-import types, warnings
-def test_it():
-    module = types.ModuleType("{module}")
-    code = "import warnings; warnings.warn('{message}', {category})"
-    exec(compile(code, "x.py", "exec"), module.__dict__)
-"""
-
-
-def test_logged_deprecation_fails(tmp_path: Path) -> None:
-    result = run(tmp_path, LOGGED.format(name="torch_dtype", what="deprecated! Use `dtype`"))
-    assert result.returncode == 1
-    assert "transformers.modeling_utils: `torch_dtype` is deprecated" in result.stdout
-
-
-def test_deprecation_logged_on_import_fails(tmp_path: Path) -> None:
-    test = """
-import logging
-logging.getLogger("transformers.generation").warning("Deprecated at import")
-def test_it(): pass
-"""
-    result = run(tmp_path, test)
-    assert result.returncode == 1
-    assert "transformers.generation: Deprecated at import" in result.stdout
-
-
-def test_other_log_messages_pass(tmp_path: Path) -> None:
-    result = run(tmp_path, LOGGED.format(name="dtype", what="float32"))
-    assert result.returncode == 0, result.stdout
+    assert result.returncode == 1, result.stdout + result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize(
-    ("module", "message", "category"),
+    ("test", "reason"),
     [
-        ("transformers.models.auto", "use something else", "FutureWarning"),
-        ("transformers.models.auto", "use something else", "DeprecationWarning"),
-        ("flexselect.core.sets", "use something else", "FutureWarning"),
-        ("other", "`x` will be removed in Transformers v6", "FutureWarning"),
+        ("import_logged", "transformers.generation: Deprecated at import"),
+        ("logged", "transformers.generation: `torch_dtype` is deprecated! Use `dtype`"),
+        ("future", "FutureWarning: use another"),
+        ("deprecation", "DeprecationWarning: use another"),
+        ("ours", "FutureWarning: use another"),
+        ("named", "FutureWarning: `x` will be removed in Transformers v6"),
     ],
 )
-def test_warned_deprecation_fails(tmp_path: Path, module: str, message: str, category: str) -> None:
-    result = run(tmp_path, WARNED.format(module=module, message=message, category=category))
-    assert result.returncode == 1
-    assert f"{category}: {message}" in result.stdout
+def test_deprecation_fails(session: str, test: str, reason: str) -> None:
+    assert re.search(rf"^(FAILED|ERROR) \S+::test_{test}\b", session, re.MULTILINE)
+    assert reason in session
 
 
-def test_warnings_of_strangers_pass(tmp_path: Path) -> None:
-    test = WARNED.format(module="other", message="old", category="DeprecationWarning")
-    result = run(tmp_path, test)
-    assert result.returncode == 0, result.stdout
+@pytest.mark.parametrize("test", ["quiet", "logged_other", "stranger"])
+def test_anything_else_passes(session: str, test: str) -> None:
+    assert re.search(rf"^PASSED \S+::test_{test}$", session, re.MULTILINE)
+    assert not re.search(rf"^(FAILED|ERROR) \S+::test_{test}\b", session, re.MULTILINE)
 
 
 def test_the_hub_is_offline() -> None:
