@@ -1,0 +1,1 @@
+"""InternVL: stock `InternVLForConditionalGeneration`, and original checkpoints converted to it."""
