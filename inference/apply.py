@@ -178,30 +178,37 @@ class Applied:
 
 
 def count_new_tokens(options: dict[str, Any], default: Any, prompt_length: int) -> dict[str, Any]:
-    """Restate ``max_length``, which counts the caller's prompt, as ``max_new_tokens``.
+    """Restate limits that count the caller's prompt as limits on the new tokens alone.
 
-    Stock generation would count the shorter, selected prompt.
+    Stock generation would count the shorter, selected prompt in ``max_length`` and ``min_length``.
     """
-    config = options.get("generation_config") or default
-    if options.get("max_new_tokens") is not None or config.max_new_tokens is not None:
-        return options
-    limit = options.get("max_length", config.max_length)
-    if limit is None:
-        return options
-    if limit <= prompt_length:
-        raise OptionError(
-            f"max_length={limit} leaves no room after a prompt of {prompt_length} tokens. Set "
-            "max_new_tokens instead."
-        )
+    config = options.get("generation_config")
+
+    def setting(name: str) -> Any:
+        values = (options.get(name), getattr(config, name, None), getattr(default, name))
+        return next((value for value in values if value is not None), None)
+
+    restated = {}
+    limit, least = setting("max_length"), setting("min_length")
+    if limit is not None and setting("max_new_tokens") is None:
+        if limit <= prompt_length:
+            raise OptionError(
+                f"max_length={limit} leaves no room after a prompt of {prompt_length} tokens. Set "
+                "max_new_tokens instead."
+            )
+        restated["max"] = limit - prompt_length
+    if least is not None and setting("min_new_tokens") is None:
+        restated["min"] = max(0, least - prompt_length)
+    gone = {f"{end}_length" for end in restated}
+    options = {name: value for name, value in options.items() if name not in gone}
+    values = {f"{end}_new_tokens": value for end, value in restated.items()}
+    if config is None:
+        return {**options, **values}
     config = copy.deepcopy(config)
-    config.max_length, config.max_new_tokens = None, limit - prompt_length
-    rest = {name: value for name, value in options.items() if name != "max_length"}
-    return {**rest, "generation_config": config}
+    config.update(**values, **dict.fromkeys(gone))
+    return {**options, "generation_config": config}
 
 
 def _like(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return replacement(*args, **kwargs)
-
-    return call
+    # A partial, not a function: a deep copy of the model then gets methods of its own.
+    return functools.update_wrapper(functools.partial(replacement), original)
