@@ -1,7 +1,7 @@
-"""Command that builds a folder of needle videos: ``python -m flexselect.testbed.make``.
+r"""Command that builds a folder of needle videos: ``python -m flexselect.testbed.make``.
 
     python -m flexselect.testbed.make --split test --frames 512 --count 100 --out videos
-    python -m flexselect.testbed.make --split test --frames 64 --count 30 --out vniah \\
+    python -m flexselect.testbed.make --split test --frames 64 --count 30 --out vniah \
         --pictures media/needles --haystack talk.mp4
 
 Interrupted, the same command goes on where it stopped. ``questions.jsonl`` in the folder has one
@@ -14,10 +14,11 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import track
 
 from ..core.errors import FlexSelectError, OptionError
 from .pictures import make_picture_video, read_pictures
@@ -63,7 +64,7 @@ def make_videos(
     if count < 1 or questions < 1 or not tasks:
         raise OptionError("count, questions and tasks must each be at least one.")
     videos = []
-    for index in tqdm(range(first, first + count), desc="render", unit="video", disable=None):
+    for index in _progress(range(first, first + count)):
         dealt = [tasks[(index * questions + i) % len(tasks)] for i in range(questions)]
         path = out / f"{split}-{frames:04d}-{index:05d}.mp4"
         videos.append(
@@ -89,14 +90,14 @@ def make_picture_videos(
             index=index,
             frames=frames,
         )
-        for index in tqdm(range(count), desc="render", unit="video", disable=None)
+        for index in _progress(range(count))
     ]
     write_question_list(out, videos)
     return videos
 
 
 def write_question_list(out: Path, videos: Sequence[NeedleVideo]) -> Path:
-    """Write one JSON row a question: video, task, question, answer, chance, frames of the needles."""
+    """Write one JSON row a question, with its video, answer, chance and needle frames."""
     rows = [
         {
             "id": f"{video.path.stem}-{number}",
@@ -149,6 +150,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = sum(len(video.questions) for video in videos)
     logger.info("%d videos with %d questions in %s", len(videos), asked, options.out)
     return 0
+
+
+def _progress(indices: range) -> Iterable[int]:
+    """Show on the terminal how far rendering has come."""
+    return track(indices, description="render", console=Console(stderr=True))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -62,7 +62,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Plot:
-    """The content of a needle video before it is drawn: ``cells`` is ``(scenes, GRID, GRID, 3)``."""
+    """A needle video before it is drawn; ``cells`` has the shape ``(scenes, GRID, GRID, 3)``."""
 
     seed: int
     cells: NDArray[np.int64]

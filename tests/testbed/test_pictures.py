@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from flexselect.core.errors import OptionError
 from flexselect.testbed.make import main
 from flexselect.testbed.pictures import make_picture_video, read_pictures
@@ -46,7 +47,8 @@ def test_the_command_builds_and_resumes_the_real_picture_set(media, tmp_path):
     assert main(command) == 2
     assert main([*command, "--haystack", str(media / "nasa_13013.mp4")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 and rows[0]["question"] == rows[3]["question"]
+    assert len(rows) == 4
+    assert rows[0]["question"] == rows[3]["question"]
     assert main([*command, "--haystack", str(media / "h265_video.mp4")]) == 2
 
 

@@ -1,10 +1,13 @@
-"""The questions: exactly one answer is right, half a description is not enough, splits are apart."""
+"""The questions: one answer is right, half a description is not enough, splits are apart."""
 
 from collections import Counter
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from flexselect.core.errors import OptionError
 from flexselect.testbed.questions import (
     CHANCE,
@@ -16,8 +19,6 @@ from flexselect.testbed.questions import (
     split_seed,
 )
 from flexselect.testbed.scenes import COLOURS, DIGITS, EMPTY, GRID, SHAPES
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 plots = st.builds(
     lambda seed, scenes, tasks: compose(seed, scenes, tasks),
@@ -90,7 +91,8 @@ def test_no_other_mark_shares_two_attributes_with_a_needle(plot):
 
 def test_the_same_seed_tells_the_same_story_and_another_seed_another():
     first, again, other = (compose(seed, 8, ["number"]) for seed in (5, 5, 6))
-    assert first.questions == again.questions and (first.cells == again.cells).all()
+    assert first.questions == again.questions
+    assert (first.cells == again.cells).all()
     assert (first.cells != other.cells).any()
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from flexselect.core.errors import OptionError
 from flexselect.testbed import scenes
 
@@ -22,7 +23,8 @@ def test_the_same_seed_draws_the_same_pixels_under_any_numpy():
     rng = np.random.RandomState([7, 1])
     cells = scenes.random_cells(6, rng)
     frames = scenes.draw_frames(cells, rng, hold=2)
-    assert frames.shape == (12, 56, 56, 3) and frames.dtype == np.uint8
+    assert frames.shape == (12, 56, 56, 3)
+    assert frames.dtype == np.uint8
     assert cells.reshape(-1, 3)[:6].tolist() == CELLS
     # Coarse means, not a hash of the pixels: the last bit of a float may differ between machines.
     means = frames.reshape(12, 2, 28, 2, 28, 3).mean(axis=(0, 2, 4))
@@ -69,7 +71,9 @@ def test_the_share_of_filled_cells_is_as_asked():
     assert ((cells == scenes.EMPTY).all(-1) == (cells == scenes.EMPTY).any(-1)).all()
 
 
-@pytest.mark.parametrize("cells, hold", [(np.zeros((2, 3, 2, 3), int), 1), (grid_of([0] * 3), 0)])
+@pytest.mark.parametrize(
+    ("cells", "hold"), [(np.zeros((2, 3, 2, 3), int), 1), (grid_of([0] * 3), 0)]
+)
 def test_wrong_shapes_and_holds_are_refused(cells, hold):
     with pytest.raises(OptionError):
         scenes.draw_frames(cells, np.random.RandomState(0), hold=hold)

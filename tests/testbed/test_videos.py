@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from flexselect.core.errors import OptionError, VideoError
 from flexselect.testbed import videos
 from flexselect.testbed.make import main, make_videos
@@ -33,7 +34,8 @@ def test_the_needle_is_read_from_the_decoded_file_where_the_sidecar_says(tmp_pat
     plot = compose(made.recipe["seed"], 8, TASKS)
     for question, planned in zip(made.questions, plot.questions, strict=True):
         for spot, needle in zip(question.needles, planned.needles, strict=True):
-            assert len(spot.frames) == 2 and spot.mark == describe(needle.mark)
+            assert len(spot.frames) == 2
+            assert spot.mark == describe(needle.mark)
             at = np.s_[
                 list(spot.frames),
                 spot.row * CELL : (spot.row + 1) * CELL,
@@ -63,7 +65,8 @@ def test_the_codec_keeps_brightness_and_order():
     luma = np.array([0.299, 0.587, 0.114])
     error = np.abs(seen @ luma - drawn @ luma).mean(axis=(1, 2))
     wrong = np.abs(np.roll(seen, 1, axis=0) @ luma - drawn @ luma).mean(axis=(1, 2))
-    assert error.max() < 6 and wrong.min() > 3 * error.max()
+    assert error.max() < 6
+    assert wrong.min() > 3 * error.max()
 
 
 def test_a_sidecar_comes_back_as_it_was_written(tmp_path):
@@ -94,10 +97,12 @@ def test_the_command_resumes_and_refuses_a_folder_of_other_videos(tmp_path, capl
     after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("train-*")}
     assert len(after) == 6
     kept = [path for path in before if path.stem.endswith("0")]
-    assert kept and all(before[path] == after[path] for path in kept)
+    assert kept
+    assert all(before[path] == after[path] for path in kept)
     rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     assert [row["task"] for row in rows] == ["number", "colour", "shape"]
-    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*"))
     with caplog.at_level(logging.ERROR):
         assert main([*command, "--count", "1", "--tasks", "order"]) == 2
     assert "tasks differ" in caplog.text

@@ -1,0 +1,254 @@
+"""Command that trains a tiny checkpoint: ``python -m flexselect.testbed.train --family …``.
+
+The run can be stopped at any time: the same command goes on from the last saved step. Weights and
+optimiser wait as safetensors in ``--work``; the finished checkpoint, in bfloat16 with its processor
+and a ``training.json`` that says how it was made and what it scores, goes to ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..core.errors import CheckpointError, FlexSelectError
+from .check import check_clips
+from .models import Family, family_of
+from .questions import RETRIEVAL
+from .recipe import (
+    Recipe,
+    build_pool,
+    default_recipe,
+    language_optimizer,
+    train_language,
+    train_tower,
+)
+from .tokenizer import FAMILIES
+
+logger = logging.getLogger(__name__)
+
+_REPORT_EVERY = 25
+
+
+def train(
+    family: Family,
+    recipe: Recipe,
+    *,
+    work: Path,
+    seed: int = 0,
+    compiled: bool = True,
+    save_every: int = 100,
+) -> tuple[Any, list[dict[str, float | str]]]:
+    """Train a model from scratch, or go on with one.
+
+    Parameters
+    ----------
+    family : Family
+        What to train.
+    recipe : Recipe
+        Steps, rates and clips.
+    work : Path
+        Folder of the saved state.
+    seed : int
+        Decides weights and data.
+    compiled : bool
+        Compile the language model; pays after a few hundred steps.
+    save_every : int
+        Steps between saved states.
+
+    Returns
+    -------
+    model, log
+        The model in float32, and loss and accuracy along the way.
+
+    Raises
+    ------
+    CheckpointError
+        If ``work`` holds the state of another run.
+    """
+    torch.manual_seed(seed)
+    model = family.build(**recipe.text)
+    state = _State(work / "state.safetensors", f"{family.name} {seed} {recipe}")
+    phase_done, step_done, log = state.load(model, None)
+    if phase_done is None:
+        named = train_tower(family, model, recipe, seed, logger.info)
+        log = [{"phase": "tower", "step": recipe.tower_steps, "held_out": round(named, 4)}]
+        state.save(model, None, 0, 0, log)
+        phase_done, step_done = 0, 0
+    logger.info("encode a pool of %d scenes", recipe.pool_scenes)
+    pool = build_pool(family, model, recipe.pool_scenes, seed)
+    for number, phase in enumerate(recipe.phases):
+        if number < phase_done:
+            continue
+        optimizer = language_optimizer(family, model)
+        start = step_done if number == phase_done else 0
+        if start:
+            state.load(model, optimizer)
+        losses: list[float] = []
+        rights: list[float] = []
+        began = time.perf_counter()
+        for step, loss, right in train_language(
+            family, model, pool, phase, optimizer, seed, start, compiled=compiled
+        ):
+            losses.append(loss)
+            rights.append(right)
+            done = step + 1
+            if done % _REPORT_EVERY == 0 or done == phase.steps:
+                row: dict[str, float | str] = {
+                    "phase": phase.name,
+                    "step": done,
+                    "loss": round(sum(losses) / len(losses), 4),
+                    "right": round(sum(rights) / len(rights), 4),
+                }
+                log.append(row)
+                spent = time.perf_counter() - began
+                logger.info("%s/%d, %.0f s", row, phase.steps, spent)
+                losses, rights = [], []
+            if done % save_every == 0 and done < phase.steps:
+                state.save(model, optimizer, number, done, log)
+        state.save(model, None, number + 1, 0, log)
+    return model, log
+
+
+def save_checkpoint(family: Family, model: Any, out: Path, record: dict[str, Any]) -> None:
+    """Write a checkpoint folder as ``from_pretrained`` and ``AutoProcessor`` expect it."""
+    model.to(torch.bfloat16).save_pretrained(out)
+    family.processor.save_pretrained(out)
+    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+class _State:
+    """The saved state of a run: weights, optimiser, and how far it has come."""
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self._path = path
+        self._identity = identity
+
+    def save(
+        self,
+        model: Any,
+        optimizer: torch.optim.Optimizer | None,
+        phase: int,
+        step: int,
+        log: list[dict[str, float | str]],
+    ) -> None:
+        tensors = {f"model.{name}": value for name, value in _weights(model).items()}
+        if optimizer is not None:
+            for index, slots in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{index}.{key}": value for key, value in slots.items()}
+        metadata = {
+            "identity": self._identity,
+            "phase": str(phase),
+            "step": str(step),
+            "log": json.dumps(log),
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(".partial")
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, self._path)
+
+    def load(
+        self, model: Any, optimizer: torch.optim.Optimizer | None
+    ) -> tuple[int | None, int, list[dict[str, float | str]]]:
+        """Load what is there; the phase is None where nothing is."""
+        if not self._path.exists():
+            return None, 0, []
+        with safe_open(self._path, "pt") as file:
+            metadata = file.metadata()
+            if metadata["identity"] != self._identity:
+                raise CheckpointError(
+                    f"{self._path} belongs to a run with another family, seed or recipe. "
+                    "Choose another --work folder or delete it."
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        weights = _weights(model)
+        with torch.no_grad():
+            for name, value in weights.items():
+                value.copy_(tensors[f"model.{name}"])
+        if optimizer is not None:
+            slots: dict[int, dict[str, Tensor]] = {}
+            for name, value in tensors.items():
+                if name.startswith("optimizer."):
+                    _, index, key = name.split(".")
+                    slots.setdefault(int(index), {})[key] = value
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        return int(metadata["phase"]), int(metadata["step"]), json.loads(metadata["log"])
+
+
+def _weights(model: Any) -> dict[str, Tensor]:
+    """Weights by name, tied ones once."""
+    return {name: value.data for name, value in model.named_parameters()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    family = family_of(options.family)
+    recipe = default_recipe(family)
+    work = options.work or Path("outputs") / f"testbed-{family.name}-{options.seed}"
+    try:
+        model, log = train(family, recipe, work=work, seed=options.seed)
+    except FlexSelectError as error:
+        logger.error("error: %s", error)
+        return 2
+    out = options.out or Path(__file__).parent / "checkpoints" / family.name
+    # Figures are those of the weights as they are stored.
+    model = model.to(torch.bfloat16).float().eval()
+    scores = {
+        name: check_clips(family, model, split="test", count=options.check, control=control)
+        for name, control in (("whole", None), ("shuffled", "shuffled"), ("blind", "blind"))
+    }
+    record = {
+        "family": family.name,
+        "seed": options.seed,
+        "recipe": repr(recipe),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "test_clips_of_16_frames": {name: score.rows() for name, score in scores.items()},
+        "log": log,
+    }
+    accuracy = scores["whole"].accuracy(RETRIEVAL)
+    for name, score in scores.items():
+        logger.info("%s: %s", name, score.rows())
+    logger.info("retrieval on short clips: %.3f", accuracy)
+    if accuracy < options.least:
+        logger.error("error: below --least %.2f; %s was not written", options.least, out)
+        return 1
+    save_checkpoint(family, model, out, record)
+    logger.info("wrote %s", out)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flexselect.testbed.train",
+        description="Train a tiny checkpoint of a family from scratch.",
+    )
+    parser.add_argument("--family", choices=FAMILIES, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--work", type=Path, help="folder of the state (default: outputs/testbed-…)"
+    )
+    parser.add_argument("--out", type=Path, help="checkpoint (default: testbed/checkpoints/FAMILY)")
+    parser.add_argument("--check", type=int, default=100, help="test videos to ask at the end")
+    parser.add_argument(
+        "--least", type=float, default=0.98, help="accuracy below which nothing is written"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
