@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...core.errors import OptionError, VideoError
-from .probing import VideoInfo
+from .probing import NO_FRAME_INDEX, VideoInfo
 
 # Without a tolerance decord repeats a neighbour for each frame it cannot decode, silently.
 _NO_TOLERANCE = 1e-6
@@ -34,6 +34,10 @@ def decode(
 def _decode(
     decord: Any, info: VideoInfo, indices: NDArray[np.int64], chunk: int
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    if info.container in NO_FRAME_INDEX:
+        raise _refusal(info, f"in {info.container} it returns other frames than those asked for")
+    if info.index.has_leading_pictures():
+        raise _refusal(info, "in open groups of pictures it returns other frames than asked for")
     errors = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError)
     try:
         reader = decord.VideoReader(str(info.path), fault_tol=_NO_TOLERANCE)
@@ -68,5 +72,5 @@ def _refusal(info: VideoInfo, reason: object) -> VideoError:
     detail = str(reason).strip().splitlines()[-1] if str(reason).strip() else "no reason given"
     return VideoError(
         f"{info.path}: decord cannot decode this file ({detail}). Use backend='pyav', which "
-        "keeps what decodes of a damaged file."
+        "reads more containers and keeps what decodes of a damaged file."
     )

@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 _NOT_VIDEO_FORMATS = ("tty", "image2")
 _NOT_VIDEO_SUFFIX = "_pipe"
 
+# MPEG streams are searched by rough position: decord and torchcodec miss the frame they seek
+# (found with decord 0.6.0 and torchcodec 0.17.0).
+NO_FRAME_INDEX = ("mpegts", "mpeg")
+
 _NO_PTS = np.iinfo(np.int64).min
 
 
@@ -51,6 +55,13 @@ class PacketIndex:
     keyframes: NDArray[np.bool_]
     frames: NDArray[np.int64]
     time_base: Fraction
+
+    def has_leading_pictures(self) -> bool:
+        """Whether frames stored after a keyframe are shown before it, as in open groups."""
+        start = np.maximum.accumulate(np.where(self.keyframes, np.arange(len(self.pts)), 0))
+        # Those of the first keyframe have nothing before it to depend on.
+        follows = (start > 0) & (self.pts != _NO_PTS)
+        return bool((self.pts < self.pts[start])[follows].any())
 
     def positions(self, pts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """First and last packet, in decoding order, of each presentation time (fields make two)."""
@@ -81,7 +92,9 @@ class VideoInfo:
         Quarter turn that makes a stored frame upright, in degrees counter-clockwise: 0, 90, 180
         or 270. Already applied to `width`, `height` and to every frame that is read.
     codec : str
-        FFmpeg's name of the codec.
+        FFmpeg's name of the codec, such as h264, hevc or av1.
+    container : str
+        FFmpeg's name of the container, such as mov,mp4,m4a,3gp,3g2,mj2 or matroska,webm.
     missing : int
         Frames the container promises (for Matroska: those its duration implies) that the file
         does not hold, as when a download was cut short.
@@ -101,6 +114,7 @@ class VideoInfo:
     height: int
     rotation: int
     codec: str
+    container: str
     missing: int
     timestamps: NDArray[np.float64] = field(repr=False, compare=False)
     stream: int = field(repr=False)
@@ -116,7 +130,8 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     Raises
     ------
     VideoError
-        The file does not exist, is not a video, has no timestamps, or none of its frames decodes.
+        The file does not exist, is not a video, has no usable timestamps, or none of its frames
+        decodes.
     """
     path = Path(path)
     with open_container(path) as container:
@@ -140,6 +155,12 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
             frames=np.unique(np.array([packet.pts for packet in shown], dtype=np.int64)),
             time_base=stream.time_base,
         )
+        # The two fields of an interlaced frame may share a time, but no more packets than those.
+        if len(shown) > 2 * len(index.frames):
+            raise VideoError(
+                f"{path}: its {len(shown)} frames carry only {len(index.frames)} different "
+                f"timestamps, so their order is unknown. {_OTHER_FILE}"
+            )
         duration = _duration(index, shown, stream)
         fps = len(index.frames) / duration if duration > 0 else 0.0
         missing = _missing(container, stream, len(packets), duration, fps)
@@ -155,11 +176,24 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
             width=width,
             height=height,
             rotation=rotation,
-            codec=stream.codec_context.name,
+            codec=stream.codec_context.codec.canonical_name,
+            container=container.format.name,
             missing=missing,
             timestamps=(index.frames - index.frames[0]) * float(index.time_base),
             stream=stream.index,
             index=index,
+        )
+        unordered = (
+            container.format.name == "avi"
+            and stream.codec_context.has_b_frames
+            and bool((np.diff(index.pts[index.pts != _NO_PTS]) >= 0).all())
+        )
+    if unordered:
+        logger.warning(
+            "%s: AVI keeps no presentation times for a codec that reorders frames; a frame may "
+            "be taken for a near neighbour. %s",
+            path,
+            _OTHER_FILE,
         )
     if missing:
         logger.warning(
@@ -190,7 +224,7 @@ def open_container(path: Path) -> av.container.InputContainer:
 
 
 def video_stream(container: av.container.InputContainer, path: Path) -> VideoStream:
-    """The stream to decode, or an error when the file is a picture, text or sound."""
+    """Choose the stream to decode, or say that the file is a picture, text or sound."""
     kind = container.format.name
     if kind in _NOT_VIDEO_FORMATS or kind.endswith(_NOT_VIDEO_SUFFIX):
         raise VideoError(f"{path}: not a video but a picture or text file. {_OTHER_FILE}")

@@ -6,7 +6,7 @@ of each frame are passed on explicitly, because PyAV 15 ignores them by default.
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import av
@@ -15,7 +15,6 @@ import torch
 from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
-from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,8 +27,6 @@ _SEEK_WORTH = 16
 # Frames that a decoder may deliver out of order at most (H.264 and HEVC hold 16 pictures).
 _REORDER = 16
 _MAX_THREADS = 8
-# Codecs that leave out pictures nothing depends on without harm to the others.
-_SKIPPING_CODECS = ("h264", "hevc")
 
 
 def decode(
@@ -60,7 +57,7 @@ class Segment:
 
     start: int
     stop: int
-    indices: tuple[int, ...]
+    indices: Sequence[int]
 
 
 def plan(index: PacketIndex, indices: NDArray[np.int64]) -> list[Segment]:
@@ -71,47 +68,49 @@ def plan(index: PacketIndex, indices: NDArray[np.int64]) -> list[Segment]:
     """
     keys = np.flatnonzero(index.keyframes)
     first, last = index.positions(index.frames[indices])
-    segments: list[Segment] = []
+    runs: list[tuple[int, int, list[int]]] = []
     for number, begin, end in zip(indices.tolist(), first.tolist(), last.tolist(), strict=True):
         rank = int(np.searchsorted(keys, begin, side="right")) - 1
         while rank > 0 and index.pts[keys[rank]] > index.frames[number]:
             rank -= 1
         start = int(keys[rank]) if rank >= 0 else 0
-        if segments and start <= segments[-1].stop + _SEEK_WORTH:
-            previous = segments[-1]
-            segments[-1] = Segment(
-                previous.start, max(previous.stop, end), (*previous.indices, number)
-            )
+        if runs and start <= runs[-1][1] + _SEEK_WORTH:
+            opened, stop, numbers = runs[-1]
+            numbers.append(number)
+            runs[-1] = opened, max(stop, end), numbers
         else:
-            segments.append(Segment(start, end, (number,)))
-    return segments
+            runs.append((start, end, [number]))
+    return [Segment(*run) for run in runs]
 
 
 def _wanted_frames(info: VideoInfo, indices: NDArray[np.int64]) -> Iterator[tuple[int, VideoFrame]]:
     reader = _Reader(info)
     try:
         for segment in plan(info.index, indices):
-            expected = segment.indices
+            delivered = -1
             try:
-                for index, frame in _in_order(reader.decode(segment), expected):
-                    expected = tuple(number for number in expected if number > index)
+                for index, frame in _in_order(reader.decode(segment), segment.indices):
+                    delivered = index
                     yield index, frame
             except av.FFmpegError as error:
                 # A threaded decoder loses good frames along with the damaged one.
                 logger.debug("%s: damaged (%s), decoding on in one thread", info.path, error)
                 reader.tolerate_damage()
-                yield from _in_order(reader.decode(segment), expected)
+                rest = tuple(number for number in segment.indices if number > delivered)
+                yield from _in_order(reader.decode(segment), rest)
     finally:
         reader.close()
 
 
 def _in_order(
-    frames: Iterator[tuple[int, VideoFrame]], expected: tuple[int, ...]
+    frames: Iterator[tuple[int, VideoFrame]], expected: Sequence[int]
 ) -> Iterator[tuple[int, VideoFrame]]:
     """Pass on the expected frames, ascending; one that others overtook too far is given up."""
     held: dict[int, VideoFrame] = {}
     place = 0
     for index, frame in frames:
+        if place == len(expected) or index < expected[place]:
+            continue
         held[index] = frame
         while place < len(expected) and (expected[place] in held or len(held) > _REORDER):
             number = expected[place]
@@ -151,22 +150,15 @@ class _Reader:
         Raises FFmpegError at a damaged packet unless `tolerate_damage` was called.
         """
         wanted = set(segment.indices)
-        wanted_pts = set(self.info.index.frames[list(segment.indices)].tolist())
-        context = self.stream.codec_context
-        skipping = self.info.codec in _SKIPPING_CODECS
         for place, packet in self._packets(segment.start):
             if place > segment.stop:
                 break
-            if place < segment.start:
-                continue
-            if skipping:
-                needed = packet.pts in wanted_pts
-                context.skip_frame = "DEFAULT" if needed else "NONREF"
-            yield from self._received(packet, wanted)
+            if place >= segment.start:
+                yield from self._received(packet, wanted)
         yield from self._received(None, wanted)
 
     def _received(
-        self, packet: Packet[VideoStream] | None, wanted: set[int]
+        self, packet: Packet | None, wanted: set[int]
     ) -> Iterator[tuple[int, VideoFrame]]:
         try:
             frames = self.stream.codec_context.decode(packet)
@@ -180,7 +172,7 @@ class _Reader:
             if number is not None and number in wanted:
                 yield number, frame
 
-    def _packets(self, start: int) -> Iterator[tuple[int, Packet[VideoStream]]]:
+    def _packets(self, start: int) -> Iterator[tuple[int, Packet]]:
         """Packets with their places in decoding order, from `start` or shortly before it."""
         if not (self.fresh and start == 0):
             self.fresh = False
@@ -200,7 +192,7 @@ class _Reader:
         self.fresh = False
         yield from enumerate(_filled(self.container.demux(self.stream)))
 
-    def _seek(self, target: int, start: int) -> Iterator[tuple[int, Packet[VideoStream]]] | None:
+    def _seek(self, target: int, start: int) -> Iterator[tuple[int, Packet]] | None:
         try:
             self.container.seek(target, stream=self.stream)
         except av.FFmpegError:
@@ -220,14 +212,12 @@ class _Reader:
         self.fresh = True
 
 
-def _filled(packets: Iterator[Packet[VideoStream]]) -> Iterator[Packet[VideoStream]]:
+def _filled(packets: Iterator[Packet]) -> Iterator[Packet]:
     """Without the empty packet that marks the end: the reader drains the decoder itself."""
     return (packet for packet in packets if packet.size)
 
 
-def _numbered(
-    place: int, first: Packet[VideoStream], rest: Iterator[Packet[VideoStream]]
-) -> Iterator[tuple[int, Packet[VideoStream]]]:
+def _numbered(place: int, first: Packet, rest: Iterator[Packet]) -> Iterator[tuple[int, Packet]]:
     yield place, first
     yield from enumerate(rest, place + 1)
 
@@ -235,7 +225,7 @@ def _numbered(
 def _upright(
     frame: VideoFrame, info: VideoInfo, reformatter: VideoReformatter
 ) -> NDArray[np.uint8]:
-    """The frame as RGB (height, width, 3), in its own colour matrix and range, turned upright."""
+    """Convert to RGB (height, width, 3) by the frame's own colour matrix and range, upright."""
     width, height = info.width, info.height
     if info.rotation % 180:
         width, height = height, width

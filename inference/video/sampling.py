@@ -8,7 +8,7 @@ from .probing import VideoInfo
 
 
 def sample_uniform(info: VideoInfo, num_frames: int) -> NDArray[np.int64]:
-    """Frames spread evenly by number from the first to the last, both included.
+    """Spread frames evenly by number from the first to the last, both included.
 
     The positions are `linspace(0, n - 1, num_frames)` cut to whole numbers, as the published
     evaluations of LLaVA-Video sample. A video with no more frames than asked is taken whole.
@@ -33,7 +33,7 @@ def sample_uniform(info: VideoInfo, num_frames: int) -> NDArray[np.int64]:
 def sample_fps(
     info: VideoInfo, fps: float, *, max_frames: int | None = None, min_frames: int = 1
 ) -> NDArray[np.int64]:
-    """The frame on screen at every `1 / fps` seconds, from the first frame on.
+    """Take the frame on screen at every `1 / fps` seconds, from the first frame on.
 
     Time decides, not frame numbers, so a variable frame rate is sampled evenly in time; a rate
     above the video's takes every frame once. More than `max_frames` or fewer than `min_frames`

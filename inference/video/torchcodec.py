@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...core.errors import OptionError, VideoError
-from .probing import VideoInfo
+from .probing import NO_FRAME_INDEX, VideoInfo
 
 
 def decode(
@@ -31,6 +31,8 @@ def decode(
 def _decode(
     decoders: Any, info: VideoInfo, indices: NDArray[np.int64], chunk: int
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    if info.container in NO_FRAME_INDEX:
+        raise _refusal(info, f"in {info.container} it returns other frames than those asked for")
     try:
         reader = decoders.VideoDecoder(
             str(info.path),
@@ -70,5 +72,5 @@ def _refusal(info: VideoInfo, reason: object) -> VideoError:
     detail = str(reason).strip().splitlines()[0] if str(reason).strip() else "no reason given"
     return VideoError(
         f"{info.path}: torchcodec cannot decode this file ({detail}). Use backend='pyav', which "
-        "keeps what decodes of a damaged file."
+        "reads more containers and keeps what decodes of a damaged file."
     )
