@@ -1,7 +1,7 @@
 """Relevance: how strongly the asking text attends to each visual token at the reference layer.
 
-The attention weights themselves, heads x text x keys, are never built: keys are visited in blocks,
-once to find every row's normaliser and once to reduce the rows to one number a key.
+The attention weights themselves, heads x text x keys, are never built: queries are visited in
+blocks small enough for a processor's cache, and each block is reduced to one number a key.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ ALIASES: dict[str, Aggregation] = {
     "token_selection_qwen_mean": "mean",
 }
 
-#: Bytes of float32 scores held at a time: large enough for full matrix speed, small enough that
-#: a block stays in a processor's cache.
-_BLOCK_BYTES = 16 << 20
+#: Bytes of float32 scores held at a time. On a CPU they should stay in its cache; a GPU needs
+#: enough of them to be busy.
+_BLOCK_BYTES = {"cpu": 16 << 20, "other": 256 << 20}
 
 
 def check_aggregation(name: str) -> Aggregation:
@@ -47,7 +47,7 @@ def relevance(
     *,
     scale: float | None = None,
     aggregation: Aggregation = "max",
-    block: int | None = None,
+    block_rows: int | None = None,
 ) -> Tensor:
     """Reduce text-to-visual attention to one score a visual token.
 
@@ -64,7 +64,8 @@ def relevance(
     columns : int64 ``(visual,)``, index of each visual token within ``tokens``.
     scale : factor on q·k; default ``head_dim ** -0.5``.
     aggregation : ``"max"`` or ``"mean"`` over heads and asking tokens.
-    block : keys visited at a time; by default as many as fill a fixed amount of memory.
+    block_rows : query rows (of one key head) visited at a time; by default as many as fill a
+        fixed amount of memory.
 
     Returns
     -------
@@ -72,35 +73,31 @@ def relevance(
     """
     sets, heads, text, head_dim = query.shape
     kv_heads, tokens = key.shape[1], key.shape[2]
-    rows = heads // kv_heads * text
     scale = head_dim**-0.5 if scale is None else scale
     # Heads of a group lie side by side, so their queries become more rows against the same keys.
-    grouped = query.float().mul(scale).reshape(sets, kv_heads, rows, head_dim)
-    if block is None:
-        block = max(64, _BLOCK_BYTES // (4 * sets * kv_heads * rows))
-    first_query = int(query_rows[0])
-    limit = query_rows.to(query.device).repeat(heads // kv_heads)[:, None]
-
-    def scores(start: int, stop: int) -> Tensor:
-        part = grouped @ key[:, :, start:stop].float().mT
-        if stop - 1 > first_query:
-            ahead = torch.arange(start, stop, device=part.device) > limit
-            part = part.masked_fill(ahead, float("-inf"))
-        return part
-
-    normaliser: Tensor | None = None
-    for start in range(0, tokens, block):
-        part = scores(start, min(start + block, tokens)).logsumexp(-1)
-        normaliser = part if normaliser is None else torch.logaddexp(normaliser, part)
-    assert normaliser is not None
-    normaliser = normaliser[..., None]
-
+    rows = query.float().mul(scale).reshape(sets, kv_heads, -1, head_dim)
+    keys = key.float().mT
+    sees = query_rows.to(query.device).repeat(heads // kv_heads)[:, None]
+    # Only keys after the first query can lie ahead of any.
+    hidden_from = int(query_rows[0]) + 1
+    late = torch.arange(hidden_from, tokens, device=query.device)
     first, last = int(columns[0]), int(columns[-1]) + 1
-    reduced = []
-    for start in range(first, last, block):
-        part = scores(start, min(start + block, last)) - normaliser
-        reduced.append(part.amax((1, 2)) if aggregation == "max" else part.exp().mean((1, 2)))
-    per_key = torch.cat(reduced, -1)
-    if aggregation == "max":
-        per_key = per_key.exp()
-    return per_key.index_select(-1, (columns - first).to(per_key.device))
+    if block_rows is None:
+        held = _BLOCK_BYTES["cpu" if query.device.type == "cpu" else "other"]
+        block_rows = max(16, held // (4 * sets * kv_heads * tokens))
+
+    reduced: Tensor | None = None
+    for start in range(0, rows.shape[2], block_rows):
+        scores = rows[:, :, start : start + block_rows] @ keys
+        ahead = late > sees[start : start + block_rows]
+        scores[..., hidden_from:].masked_fill_(ahead, float("-inf"))
+        log_weights = scores[..., first:last] - scores.logsumexp(-1, keepdim=True)
+        if aggregation == "max":
+            part = log_weights.amax((1, 2))
+            reduced = part if reduced is None else torch.maximum(reduced, part)
+        else:
+            part = log_weights.exp().sum((1, 2))
+            reduced = part if reduced is None else reduced + part
+    assert reduced is not None
+    result = reduced.exp() if aggregation == "max" else reduced / (heads * text)
+    return result.index_select(-1, (columns - first).to(result.device))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.architecture import Architecture
 from ..core.budget import check_budget, set_quotas, video_budgets
 from ..core.decoder import check_layer
-from ..core.errors import FlexSelectError, OptionError, UnsupportedModelError
+from ..core.errors import FlexSelectError, OptionError
 from ..core.relevance import check_aggregation
 from ..core.selection import Selection, select_from_sets
 from .features import Encoded, Progress
@@ -233,6 +233,7 @@ class FlexSelect(Budgeted):
             selector = self.selector
             if isinstance(selector, str) or hasattr(selector, "__fspath__"):
                 selector = architecture.load_selector(str(selector))
+            architecture.check_selector(selector)
             method = dataclasses.replace(
                 self,
                 selector=selector,
@@ -246,10 +247,6 @@ class FlexSelect(Budgeted):
         """Check every knob."""
         super().check(architecture)
         scorer = architecture if self.selector is None else self.selector
-        if not hasattr(scorer, "num_layers"):
-            raise UnsupportedModelError(
-                f"selector must be a Lite selector, or a path or hub id of one, got {scorer!r}."
-            )
         check_layer(self.layer, scorer.num_layers)
         check_aggregation(str(self.aggregation))
         _one_of("query", self.query, ("all", "last"))
@@ -323,6 +320,6 @@ def _count(name: str, value: object) -> None:
 
 
 #: Every method by name, for commands and tables.
-METHODS: dict[str, Callable[..., Method]] = {
+METHODS: dict[str, type[Method]] = {
     method.name: method for method in (Full, Uniform, Random, FlexSelect)
 }
