@@ -28,7 +28,7 @@ from .errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 32 * 2**20
+_CHUNK_BYTES = 8 * 2**20
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -1,4 +1,4 @@
-"""The configuration of an original LLaVA-NeXT checkpoint, in transformers' terms."""
+"""An original checkpoint's configuration and keys in transformers' terms, as pure functions."""
 
 from __future__ import annotations
 
@@ -8,14 +8,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoTokenizer, Qwen2Config, SiglipVisionConfig
 
-from ..core.checkpoint import read_json
+from ..core.checkpoint import read_json, rename_prefix
 from ..core.errors import CheckpointError
 from .modeling import LlavaVideoConfig
 from .processing import add_placeholders
 
 logger = logging.getLogger(__name__)
+
+_KEYS = {
+    "model.vision_tower.vision_tower.vision_model.": "model.vision_tower.",
+    "model.mm_projector.0.": "model.multi_modal_projector.linear_1.",
+    "model.mm_projector.2.": "model.multi_modal_projector.linear_2.",
+    "model.embed_tokens.": "model.language_model.embed_tokens.",
+    "model.layers.": "model.language_model.layers.",
+    "model.norm.": "model.language_model.norm.",
+}
+_SELECTOR_KEYS = {
+    "mm_projector.0.": "multi_modal_projector.linear_1.",
+    "mm_projector.2.": "multi_modal_projector.linear_2.",
+    "embed_tokens.": "language_model.embed_tokens.",
+    "layers.": "language_model.layers.",
+    "norm.": "language_model.norm.",
+}
 
 #: Towers that checkpoints name but do not describe, with the layer that LLaVA-NeXT deletes.
 _TOWERS = {
@@ -66,7 +83,7 @@ def is_original(folder: str | Path) -> bool:
     return path.is_file() and _is_original(read_json(path))
 
 
-def original_config(
+def convert_config(
     folder: str | Path,
     *,
     spatial_pool_mode: str | None = None,
@@ -120,6 +137,44 @@ def original_config(
         spatial_pool_stride=int(raw.get("mm_spatial_pool_stride") or 2),
         newline_position=newline_position or raw.get("mm_newline_position") or "one_token",
     )
+
+
+def convert_tensor(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """Rename one tensor of an original checkpoint; see `core.checkpoint.Convert`."""
+    return [(rename_prefix(name, _KEYS), tensor)]
+
+
+def selector_key(name: str) -> str:
+    """Rename a parameter of a published Lite selector.
+
+    The stored model is a Qwen2 without a head, with its own projector and newline. Here the Qwen2
+    is ``language_model``, the projector ``multi_modal_projector`` as in the stock model, and the
+    newline keeps its name, ``image_newline``.
+    """
+    return rename_prefix(name, _SELECTOR_KEYS)
+
+
+def selector_tensor(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """Rename one tensor of a published Lite selector; see `selector_key`."""
+    return [(selector_key(name), tensor)]
+
+
+def ignored_keys(config: LlavaVideoConfig) -> list[str]:
+    """Name the tables that older releases stored and newer ones compute: without a use here."""
+    return [
+        "model.vision_tower.vision_tower.vision_model.embeddings.position_ids",
+        *(
+            f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
+            for layer in range(config.text_config.num_hidden_layers)
+        ),
+    ]
+
+
+def tied_keys(config: LlavaVideoConfig) -> dict[str, str]:
+    """Map the parameters that share another's weight to that other."""
+    if not config.tie_word_embeddings:
+        return {}
+    return {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
 
 def has_tokenizer(folder: Path) -> bool:
