@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from .errors import PromptError
+from .errors import PromptError, UnsupportedModelError
 from .layout import Clip, Prompt
 
 
@@ -192,6 +192,18 @@ class Architecture(ABC):
     @abstractmethod
     def load_selector(self, path: str) -> Any:
         """Load a Lite selector of this family: ours, or in the format the reference publishes."""
+
+    def check_selector(self, selector: Any) -> None:
+        """Raise `UnsupportedModelError` unless ``selector`` is a Lite selector for this model.
+
+        A family also compares sizes. Called for every selector, loaded or given as an object.
+        """
+        needed = ("num_layers", "aggregation", "localise", "states")
+        if not all(hasattr(selector, name) for name in needed):
+            raise UnsupportedModelError(
+                f"selector must be a Lite selector, or a path or hub id of one, got "
+                f"{type(selector).__name__}."
+            )
 
     def sample(self, count: int, fps: float, sampling: Mapping[str, Any]) -> Tensor | None:
         """Choose pictures of a video of ``count`` at ``fps`` by the family's own policy, if any.

@@ -65,7 +65,7 @@ def remove(model: Any) -> Any:
 
 def is_applied(model: Any) -> bool:
     """Whether a method is applied to ``model``."""
-    return isinstance(model.__dict__.get("flexselect"), Applied)
+    return isinstance(getattr(model, "__dict__", {}).get("flexselect"), Applied)
 
 
 def method_from(method: type[Method], knobs: Mapping[str, Any]) -> Method:
@@ -152,10 +152,13 @@ class Applied:
         """Whether this call brings a new prompt with a video."""
         if kwargs.get("input_ids") is None or kwargs.get("inputs_embeds") is not None:
             return False
-        if not self.architecture.has_video(kwargs):
-            return False
         cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length():
+        cached = cache is not None and cache.get_seq_length() > 0
+        if not self.architecture.has_video(kwargs):
+            if not cached:
+                self.selections = [None] * len(kwargs["input_ids"])
+            return False
+        if cached:
             raise PromptError(
                 "A new video cannot be selected from on top of a cached prompt. Pass the whole "
                 "conversation without past_key_values."

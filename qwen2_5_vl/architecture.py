@@ -14,7 +14,7 @@ from ..core.architecture import Architecture, Pixels, Request
 from ..core.budget import round_up
 from ..core.decoder import device_of, reference_states
 from ..core.layout import Clip, Prompt
-from .convert import load_model, load_selector
+from .convert import check_fit, load_model, load_selector
 from .encode import encode_pixels, layout_prompt, read_requests
 from .positions import compact_positions, whole_positions
 from .prepare import expand_prompt, picture_size, prepare_pixels, sample_pictures
@@ -104,6 +104,11 @@ class Qwen2_5_VL(Architecture):
     def load_selector(self, path: str) -> Qwen2_5_VLSelector:
         """Load a Lite selector, ours or published."""
         return load_selector(path, self.model)
+
+    def check_selector(self, selector: Any) -> None:
+        """Check family and size of a Lite selector."""
+        super().check_selector(selector)
+        check_fit(selector, self.model)
 
     def sample(self, count: int, fps: float, sampling: Mapping[str, Any]) -> Tensor:
         """Choose pictures by the policy of qwen-vl-utils."""

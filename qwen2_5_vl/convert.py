@@ -52,6 +52,8 @@ def load_model(
         dtype="auto" if dtype is None else dtype,
         device_map=device_map,
         attn_implementation=attn_implementation,
+        # Reported below with the rest, instead of an error that names no weight.
+        ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
     wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
@@ -71,7 +73,7 @@ def load_selector(path: str, model: Any) -> Qwen2_5_VLSelector:
     CheckpointError
         Files are missing or damaged, or keys do not match.
     UnsupportedModelError
-        The selector is of another family, or of another size of tower or vocabulary.
+        The selector is of another family, or for another size of tower.
     """
     folder = local_folder(path)
     raw = read_json(folder / "config.json")
@@ -89,21 +91,18 @@ def load_selector(path: str, model: Any) -> Qwen2_5_VLSelector:
     with init_empty_weights():
         selector = Qwen2_5_VLSelector(config)
     load_into(selector, Checkpoint(folder), convert, dtype=model.dtype, device=model.device)
-    _check_fit(selector, model, path)
     selector.name_or_path = str(path)
+    check_fit(selector, model)
     return selector.to(model.device).eval()
 
 
-def _convert_key(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    return [(selector_key(name), tensor)]
-
-
-def _keep_key(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    return [(name, tensor)]
-
-
-def _check_fit(selector: Qwen2_5_VLSelector, model: Any, path: str) -> None:
-    """Check that the tower is of the kind the selector was trained on."""
+def check_fit(selector: Any, model: Any) -> None:
+    """Check that ``selector`` is one of this family, for a tower like the one of ``model``."""
+    if not isinstance(selector, Qwen2_5_VLSelector):
+        raise UnsupportedModelError(
+            f"A selector of class {type(selector).__name__} does not fit Qwen2.5-VL; give a "
+            "Qwen2_5_VLSelector."
+        )
     ours, theirs = selector.config, model.config
     pairs = {
         "width of the vision tower": (ours.vision_hidden_size, theirs.vision_config.hidden_size),
@@ -112,9 +111,17 @@ def _check_fit(selector: Qwen2_5_VLSelector, model: Any, path: str) -> None:
     for what, (selector_has, model_has) in pairs.items():
         if selector_has != model_has:
             raise UnsupportedModelError(
-                f"The selector {path} does not fit this model: {what} {selector_has}, the model "
-                f"has {model_has}."
+                f"The selector {selector.name_or_path} does not fit this model: {what} "
+                f"{selector_has}, the model has {model_has}."
             )
+
+
+def _convert_key(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    return [(selector_key(name), tensor)]
+
+
+def _keep_key(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    return [(name, tensor)]
 
 
 def selector_config(published: Mapping[str, Any], vision_config: Any) -> Qwen2_5_VLSelectorConfig:

@@ -36,7 +36,8 @@ class Family:
     ----------
     name : as in `Architecture.family`.
     tiny : module with ``processor()``, ``model(tokenizer, seed, **text_config_overrides)`` and
-        ``selector(model, seed, **config_overrides)``, and the size of its pictures.
+        ``selector(model, seed, **config_overrides)``, the HEIGHT and WIDTH of its pictures, and
+        in OTHER_TOWER the overrides that make a selector for a tower of another width.
     pictures : pictures of a video that become one frame.
     """
 
@@ -54,6 +55,15 @@ class Family:
     def selector(self, model: Any, seed: int = 1, **overrides: Any) -> Any:
         """Build a Lite selector for ``model``."""
         return self.tiny.selector(model, seed, **overrides)
+
+    def selector_of_another_size(self, model: Any) -> Any:
+        """Build a Lite selector for a vision tower of another width."""
+        return self.tiny.selector(model, 1, **self.tiny.OTHER_TOWER)
+
+    def frame_tokens(self, model: Any) -> int:
+        """Visual tokens of one frame, as the family's own layout has them."""
+        [request] = flexselect.architecture_of(model).read(self.inputs([Video(2), "?"]))
+        return request.prompt.num_visual // 2
 
     def video(self, frames: int, seed: int) -> Tensor:
         """Draw a video that becomes ``frames`` frames: uint8 ``(pictures, 3, height, width)``."""

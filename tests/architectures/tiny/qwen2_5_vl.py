@@ -24,6 +24,7 @@ VISION = {
 }
 PATCH = 4
 HEIGHT, WIDTH = 24, 32
+OTHER_TOWER = {"vision_hidden_size": 40}
 
 
 def processor() -> Any:
@@ -99,10 +100,13 @@ def selector(model: Any, seed: int, **overrides: Any) -> Any:
         "num_attention_heads": 6,
         "rope_parameters": rope,
     }
-    config = Qwen2_5_VLSelectorConfig(
-        text_config=text_config(model.config.text_config.vocab_size, small),
-        vision_hidden_size=model.config.vision_config.hidden_size,
-        tokens_per_second=model.config.vision_config.tokens_per_second,
+    vision = model.config.vision_config
+    fields = {
+        "vision_hidden_size": vision.hidden_size,
+        "tokens_per_second": vision.tokens_per_second,
         **overrides,
+    }
+    config = Qwen2_5_VLSelectorConfig(
+        text_config=text_config(model.config.text_config.vocab_size, small), **fields
     )
     return draw_weights(Qwen2_5_VLSelector(config), seed)
