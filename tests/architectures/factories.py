@@ -83,15 +83,23 @@ class Family:
         A conversation is the user's message: strings, `Video` and `Image`, in order; or a list of
         chat messages whose content is such a sequence.
         """
-        processor = self.processor()
         chats = [_as_chat(conversation) for conversation in conversations]
         parts = [part for chat in chats for _, content in chat for part in content]
         videos = [self.video(p.frames, p.seed) for p in parts if isinstance(p, Video)]
+        return self.inputs_of(videos, *conversations, padding_side=padding_side)
+
+    def inputs_of(
+        self, videos: Sequence[Tensor], *conversations: Sequence[Any], padding_side: str = "left"
+    ) -> dict[str, Any]:
+        """Run the processor with these pictures in the place of the videos."""
+        processor = self.processor()
+        chats = [_as_chat(conversation) for conversation in conversations]
+        parts = [part for chat in chats for _, content in chat for part in content]
         images = [self.image(p.seed) for p in parts if isinstance(p, Image)]
         texts = [self.templated(chat) for chat in chats]
         options: dict[str, Any] = {}
         if videos:
-            options["videos"] = videos
+            options["videos"] = list(videos)
             options["do_sample_frames"] = False
             options["video_metadata"] = [
                 {

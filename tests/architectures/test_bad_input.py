@@ -161,7 +161,9 @@ def test_processor_round_trip(family: Family, checkpoint: Path) -> None:
     loaded = flexselect.load_processor(checkpoint)
     assert type(loaded) is type(family.processor())
     chat = [("user", [Video(2), QUESTION])]
-    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}]
+    messages = [
+        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}
+    ]
     templated = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert templated == family.templated(chat)
 
