@@ -23,6 +23,7 @@ from transformers import (
 from ..core.checkpoint import Checkpoint, load_into, read_json, some
 from ..core.checkpoint_writer import write_converted
 from ..core.errors import OptionError, UnsupportedModelError
+from ..core.hub import local_folder
 from .original import (
     convert_config,
     convert_tensor,
@@ -55,17 +56,24 @@ def load_original(
     *,
     dtype: torch.dtype | None = None,
     device_map: DeviceMap | None = None,
+    attn_implementation: str | None = None,
     image_token_id: int | None = None,
 ) -> InternVLForConditionalGeneration:
     """Load an original checkpoint as the stock model, streaming it shard by shard.
 
     Parameters
     ----------
-    path : folder with config.json and safetensors.
+    path : folder with config.json and safetensors, or hub id such as
+        ``OpenGVLab/InternVL2_5-8B``.
     dtype : of the parameters; default, as stored.
     device_map : a device, ``"auto"``, or module name to device, as in ``from_pretrained``; default,
         the CPU. Offloading to disk is left to ``from_pretrained`` on a converted checkpoint.
+    attn_implementation : as in ``from_pretrained``.
     image_token_id : id of ``<IMG_CONTEXT>``; default, the tokenizer's in the same folder.
+
+    Returns
+    -------
+    The model in evaluation mode, with the checkpoint's generation config.
 
     Raises
     ------
@@ -74,7 +82,7 @@ def load_original(
     OptionError, UnsupportedModelError
         As `convert_config`; or ``device_map`` cannot be followed.
     """
-    path = Path(path)
+    path = local_folder(path)
     checkpoint = Checkpoint(path)
     model = _blank(path, checkpoint, dtype, image_token_id)
     devices = _devices(model, device_map)
@@ -89,6 +97,8 @@ def load_original(
         device=partial(_device_of, devices=devices),
         tied=_tied(model.config),
     )
+    if attn_implementation is not None:
+        model.set_attn_implementation(attn_implementation)
     model.eval()
     if len(set(devices.values())) == 1:
         return model.to(next(iter(devices.values())))
@@ -100,6 +110,7 @@ def load_processor(path: str | Path, *, template: str | None = None) -> InternVL
 
     Parameters
     ----------
+    path : folder, or hub id.
     template : chat template, needed for a checkpoint trained with another conversation than
         ``internvl2_5``.
 
@@ -108,7 +119,7 @@ def load_processor(path: str | Path, *, template: str | None = None) -> InternVL
     UnsupportedModelError
         Its pictures are prepared as no stock processor does, or ``template`` is needed.
     """
-    path = Path(path)
+    path = local_folder(path)
     original = read_json(path / "config.json")
     if original.get("pad2square") or not original.get("use_thumbnail", True):
         raise UnsupportedModelError(
@@ -145,12 +156,13 @@ def convert_checkpoint(
 
     Parameters
     ----------
-    source, destination : folders; see `core.checkpoint_writer.write_converted`, also for
+    source : folder, or hub id.
+    destination : folder; see `core.checkpoint_writer.write_converted`, also for
         ``overwrite``, ``progress`` and what an interruption leaves.
     dtype, image_token_id : as in `load_original`.
     template : as in `load_processor`. A source without tokenizer files gets no processor.
     """
-    source = Path(source)
+    source = local_folder(source)
     checkpoint = Checkpoint(source)
     model = _blank(source, checkpoint, dtype, image_token_id)
     processor = load_processor(source, template=template) if added_tokens(source) else None

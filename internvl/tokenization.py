@@ -30,6 +30,9 @@ IMAGE_TOKENS = {
     "video_token": "<video>",
 }
 
+# Generation continues a prompt at its right end, so padding goes to the left.
+_SETTINGS: dict[str, Any] = {"padding_side": "left", "extra_special_tokens": IMAGE_TOKENS}
+
 _NORMAL, _USER_DEFINED = 1, 4  # piece types of sentencepiece
 _BPE = 2  # model type of sentencepiece
 
@@ -49,9 +52,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     path = Path(path)
     tokenizer: PreTrainedTokenizerBase
     if (path / "tokenizer.json").is_file():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, extra_special_tokens=IMAGE_TOKENS)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **_SETTINGS)
     elif (path / "vocab.json").is_file():
-        tokenizer = Qwen2Tokenizer.from_pretrained(path, extra_special_tokens=IMAGE_TOKENS)
+        tokenizer = Qwen2Tokenizer.from_pretrained(path, **_SETTINGS)
     elif (path / "tokenizer.model").is_file():
         tokenizer = _sentencepiece_tokenizer(path)
     else:
@@ -152,9 +155,8 @@ def _sentencepiece_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        padding_side="left",
         model_max_length=config.get("model_max_length"),
-        extra_special_tokens=IMAGE_TOKENS,
+        **_SETTINGS,
         **texts,
     )
 

@@ -175,6 +175,7 @@ def test_dtype_and_device(load: Callable) -> None:
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert half.config.dtype == torch.bfloat16
     assert half.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
+    assert load("a_single", attn_implementation="eager").config._attn_implementation == "eager"
     split = {"model.vision_tower": "cpu", "model": torch.device("cpu"), "lm_head": "cpu"}
     for device_map in ("auto", {"": "cpu"}, split):
         other = load("a_single", device_map=device_map)

@@ -93,6 +93,7 @@ def test_qwen2_files(tmp_path: Path) -> None:
         [30, 29, 26, 0, 32, 34, 33, 31]
     )
     assert tokenizer.context_image_token_id == 34
+    assert tokenizer.padding_side == "left"
 
 
 def test_unigram_model_is_refused(sentencepiece_folder: Folder) -> None:
