@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -29,16 +29,19 @@ class Pixels:
     values : the family's own tensor, frame after frame along the first axis (a frame may take
         several rows of it).
     clip : the visual tokens it becomes.
+    picture_size : (height, width) an image had before it was cut into tiles, where the family
+        needs to know; None for videos.
     """
 
     values: Tensor
     clip: Clip
+    picture_size: tuple[int, int] | None = None
 
     def frames(self, start: int, stop: int) -> Pixels:
         """Return frames ``start`` … ``stop`` - 1."""
         rows = len(self.values) // self.clip.frames
-        clip = Clip(stop - start, self.clip.rows, self.clip.columns, self.clip.seconds_per_frame)
-        return Pixels(self.values[start * rows : stop * rows], clip)
+        clip = replace(self.clip, frames=stop - start)
+        return replace(self, values=self.values[start * rows : stop * rows], clip=clip)
 
 
 @dataclass(frozen=True)

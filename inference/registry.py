@@ -15,11 +15,14 @@ from ..core.hub import local_folder
 
 #: Class of a loaded model: (family, name of its `Architecture`).
 FAMILIES: dict[str, tuple[str, str]] = {
+    "LlavaVideoForConditionalGeneration": ("llava_video", "LlavaVideo"),
     "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "Qwen2_5_VL"),
 }
 
 #: ``model_type`` of a checkpoint's config.json: class of FAMILIES it is loaded as.
 CHECKPOINTS: dict[str, str] = {
+    "llava_qwen": "LlavaVideoForConditionalGeneration",
+    "llava_video": "LlavaVideoForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
 }
 

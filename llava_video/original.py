@@ -27,8 +27,8 @@ _KEYS = {
     "model.norm.": "model.language_model.norm.",
 }
 _SELECTOR_KEYS = {
-    "mm_projector.0.": "multi_modal_projector.linear_1.",
-    "mm_projector.2.": "multi_modal_projector.linear_2.",
+    "mm_projector.0.": "projector.linear_1.",
+    "mm_projector.2.": "projector.linear_2.",
     "embed_tokens.": "language_model.embed_tokens.",
     "layers.": "language_model.layers.",
     "norm.": "language_model.norm.",
@@ -148,7 +148,7 @@ def selector_key(name: str) -> str:
     """Rename a parameter of a published Lite selector.
 
     The stored model is a Qwen2 without a head, with its own projector and newline. Here the Qwen2
-    is ``language_model``, the projector ``multi_modal_projector`` as in the stock model, and the
+    is ``language_model``, the projector ``projector`` with the stock model's layers, and the
     newline keeps its name, ``image_newline``.
     """
     return rename_prefix(name, _SELECTOR_KEYS)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLProcessor
 
 from ..core.architecture import Architecture, Pixels, Request
 from ..core.budget import round_up
@@ -16,6 +15,7 @@ from ..core.decoder import device_of, reference_states
 from ..core.layout import Clip, Prompt
 from .convert import check_fit, load_model, load_selector
 from .encode import encode_pixels, layout_prompt, read_requests
+from .loading import load_model, load_processor, load_selector
 from .positions import compact_positions, whole_positions
 from .prepare import expand_prompt, picture_size, prepare_pixels, sample_pictures
 from .selector import Qwen2_5_VLSelector
@@ -99,7 +99,7 @@ class Qwen2_5_VL(Architecture):
     @classmethod
     def load_processor(cls, folder: Path) -> Any:
         """Load the stock processor."""
-        return Qwen2_5_VLProcessor.from_pretrained(folder)
+        return load_processor(folder)
 
     def load_selector(self, path: str) -> Qwen2_5_VLSelector:
         """Load a Lite selector, ours or published."""
