@@ -7,6 +7,7 @@ Run by hand where sentencepiece is installed; the tests read the committed resul
 # ruff: noqa: RUF001  (full-width characters are what is tested)
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def corpus() -> list[str]:
 
 
 def main() -> None:
+    os.chdir(HERE)  # the models record the paths they were trained with
     lines = corpus()
     rules = HERE / "rules.tsv"
     rules.write_text("FF21\t41\nFF1F\t3F\n9\t20\nA\t20\n")
@@ -55,7 +57,7 @@ def main() -> None:
     # As InternLM2's: text is taken as it is. Some pieces are placeholders for tokens to come.
     train(
         sentence_iterator=iter(lines),
-        model_prefix=str(HERE / "plain"),
+        model_prefix="plain",
         model_type="bpe",
         vocab_size=640,
         normalization_rule_name="identity",
@@ -67,17 +69,17 @@ def main() -> None:
     # Everything the other one leaves alone.
     train(
         sentence_iterator=iter(lines),
-        model_prefix=str(HERE / "prefix"),
+        model_prefix="prefix",
         model_type="bpe",
         vocab_size=500,
-        normalization_rule_tsv=str(rules),
+        normalization_rule_tsv=rules.name,
         add_dummy_prefix=True,
         remove_extra_whitespaces=True,
         **COMMON,
     )
     train(
         sentence_iterator=iter(lines),
-        model_prefix=str(HERE / "unigram"),
+        model_prefix="unigram",
         model_type="unigram",
         vocab_size=150,
         normalization_rule_name="identity",
