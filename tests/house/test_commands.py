@@ -147,16 +147,24 @@ def test_ci_runs_the_readmes_test_command(checkout: Path) -> None:
     assert (Path(where).resolve(), what) == (checkout.resolve(), commands[1])
 
 
-def test_test_means_lint_and_all_tests(checkout: Path) -> None:
-    stand_in(checkout)
+def tools(checkout: Path, **codes: int) -> None:
+    """Put stand-ins for the tools into .venv: each says its name and arguments, and its code."""
     assert run(checkout, "make", "install").returncode == 0
-    steps = run(checkout, "make", "-n", "test").stdout.splitlines()
-    assert [step.split("bin/")[1].split("|")[0].strip() for step in steps] == [
-        "ruff check .",
-        "ruff format --check .",
-        "mypy",
-        "pytest -q",
-    ]
+    for tool in ("ruff", "mypy", "pytest"):
+        file = checkout / ".venv" / "bin" / tool
+        file.write_text(f'#!/bin/sh\necho "ran {tool} $*"\nexit {codes.get(tool, 0)}\n')
+        file.chmod(0o755)
+
+
+@pytest.mark.parametrize("failing", ["", "ruff", "mypy", "pytest"])
+def test_test_means_lint_and_all_tests(checkout: Path, failing: str) -> None:
+    stand_in(checkout)
+    tools(checkout, **({failing: 1} if failing else {}))
+    result = run(checkout, "make", "test")
+    ran = re.findall(r"^ran (.*?) *$", result.stdout, re.MULTILINE)
+    lint = ["ruff check .", "ruff format --check .", "mypy"]
+    assert ran == (lint[:1] if failing == "ruff" else lint) + ["pytest -q"]
+    assert (result.returncode == 0) == (not failing)
 
 
 def test_fixtures_are_checked_in_the_folder_named(checkout: Path) -> None:
@@ -167,13 +175,11 @@ def test_fixtures_are_checked_in_the_folder_named(checkout: Path) -> None:
     assert calls(checkout)[-1] == "scripts/check_fixture.py golden data"
 
 
-def test_a_type_error_fails_lint(checkout: Path) -> None:
+def test_lint_names_files_from_the_root(checkout: Path) -> None:
     stand_in(checkout)
-    assert run(checkout, "make", "install").returncode == 0
-    for tool, code in (("ruff", 0), ("mypy", 1)):
-        file = checkout / ".venv" / "bin" / tool
-        file.write_text(f"#!/bin/sh\necho .venv/src/flexselect/core/sets.py:1: said\nexit {code}\n")
-        file.chmod(0o755)
+    tools(checkout)
+    mypy = checkout / ".venv" / "bin" / "mypy"
+    mypy.write_text("#!/bin/sh\necho .venv/src/flexselect/core/sets.py:1: error; exit 1\n")
     result = run(checkout, "make", "lint")
     assert result.returncode != 0
-    assert "\ncore/sets.py:1: said" in result.stdout
+    assert "\ncore/sets.py:1: error" in result.stdout
