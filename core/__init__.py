@@ -1,1 +1,1 @@
-"""What every model shares: token layout, frame sets, budgets, relevance, the record of a selection."""
+"""What every model shares: layout, frame sets, budgets, relevance, the record of a selection."""
