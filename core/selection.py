@@ -175,7 +175,8 @@ class Selection:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Both are written aside and moved, so that an interruption leaves no half of either.
         weights, text = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.text")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
+        # Copies, because the format refuses views of shared memory.
+        save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, weights)
         text.write_text(json.dumps(record, indent=1) + "\n")
         os.replace(weights, path.with_name(path.name + ".safetensors"))
         os.replace(text, path.with_name(path.name + ".json"))

@@ -1,0 +1,144 @@
+"""Query and key states at the reference layer against what the stock decoder computes inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model
+
+from flexselect.core.decoder import check_layer, device_of, reference_states
+from flexselect.core.errors import OptionError, UnsupportedModelError
+from flexselect.core.relevance import relevance
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+DECODERS = {
+    "llama": (LlamaModel, LlamaConfig, {}),
+    "llama-biased": (LlamaModel, LlamaConfig, {"attention_bias": True}),
+    "qwen2": (Qwen2Model, Qwen2Config, {}),
+    "qwen3": (Qwen3Model, Qwen3Config, {}),
+    "yarn": (
+        Qwen2Model,
+        Qwen2Config,
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+}
+
+
+def build(name: str, attention: str = "sdpa", **more: Any) -> Any:
+    cls, config, options = DECODERS[name]
+    torch.manual_seed(0)
+    decoder = cls._from_config(
+        config(**SIZES, **options, **more), attn_implementation=attention
+    ).eval()
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.4 if parameter.ndim > 1 else 1.0))
+    return decoder
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("name", DECODERS)
+def test_weights_are_those_of_the_layers_own_attention(
+    name: str, layer: int, attention: str
+) -> None:
+    """Two sets with positions of their own; every token but one is looked at."""
+    embeds = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))
+    positions = torch.stack([torch.arange(9), torch.arange(9) * 3 + 5])
+    rows = torch.tensor([3, 6, 8])
+    columns = torch.arange(1, 9)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    with torch.no_grad():
+        out = build(name, "eager")(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            attention_mask=mask,
+            output_attentions=True,
+        )
+        query, key = reference_states(build(name, attention), embeds, positions, layer, rows)
+    assert query.shape == (2, 4, 3, 8)
+    assert key.shape == (2, 2, 9, 8)
+    expected = out.attentions[layer][:, :, rows][..., columns].amax((1, 2))
+    torch.testing.assert_close(relevance(query, key, rows, columns), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_above_are_never_run() -> None:
+    decoder = build("qwen2")
+    ran: list[int] = []
+    for index, block in enumerate(decoder.layers):
+        block.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
+    embeds = torch.randn(1, 5, 32)
+    with torch.no_grad():
+        reference_states(decoder, embeds, torch.arange(5)[None], 2, torch.tensor([4]))
+    assert ran == [0, 1]
+
+
+def test_the_decoder_runs_whole_afterwards() -> None:
+    decoder = build("qwen2")
+    embeds = torch.randn(1, 5, 32)
+    mask = torch.ones(1, 5, dtype=torch.long)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return decoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+
+    before = run()
+    with torch.no_grad():
+        reference_states(decoder, embeds, torch.arange(5)[None], 1, torch.tensor([4]))
+    assert torch.equal(run(), before)
+
+
+def test_sliding_window_below_the_reference_layer() -> None:
+    sliding = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    decoder = build("qwen2", **sliding)
+    assert decoder.config.layer_types == [
+        "full_attention",
+        "sliding_attention",
+        "sliding_attention",
+    ]
+    arguments = torch.randn(1, 5, 32), torch.arange(5)[None]
+    with torch.no_grad():
+        reference_states(decoder, *arguments, 0, torch.tensor([4]))
+    with pytest.raises(UnsupportedModelError, match="use_sliding_window"):
+        reference_states(decoder, *arguments, 1, torch.tensor([4]))
+
+
+@pytest.mark.parametrize("layer", [0, 27])
+def test_layers_of_the_decoder(layer: int) -> None:
+    assert check_layer(layer, 28) == layer
+
+
+@pytest.mark.parametrize("layer", [-1, 28, None, "3", 3.0, True])
+def test_layers_that_are_not(layer: object) -> None:
+    with pytest.raises(OptionError, match=r"from 0 to 27 .*28 decoder layers") as error:
+        check_layer(layer, 28)
+    assert repr(layer) in str(error.value)
+
+
+def test_device_of_offloaded_weights_is_where_they_compute() -> None:
+    layer = nn.Linear(2, 2, device="meta")
+    assert device_of(layer) == torch.device("meta")
+
+    class Hook:
+        execution_device = "cpu"
+
+    layer._hf_hook = Hook()  # type: ignore[assignment]
+    assert device_of(layer) == torch.device("cpu")
