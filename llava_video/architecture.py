@@ -13,7 +13,7 @@ from ..core.architecture import Architecture, Pixels, Request
 from ..core.decoder import reference_states
 from ..core.layout import Clip, Prompt
 from .encode import encode_pixels, layout_prompt, read_requests
-from .loading import load_model, load_processor, load_selector
+from .loading import check_fit, load_model, load_processor, load_selector
 from .positions import compact_positions, whole_positions
 from .prepare import expand_prompt, prepare_pixels
 from .selector import LlavaVideoSelector, embed_with_newline
@@ -93,6 +93,11 @@ class LlavaVideo(Architecture):
     def load_selector(self, path: str) -> LlavaVideoSelector:
         """Load a Lite selector, ours or published."""
         return load_selector(path, self.model)
+
+    def check_selector(self, selector: Any) -> None:
+        """Check family and size of a Lite selector."""
+        super().check_selector(selector)
+        check_fit(selector, self.model)
 
     def picture_size(
         self, height: int, width: int, pictures: int, limits: Mapping[str, Any]

@@ -56,6 +56,8 @@ def load_model(
         dtype="auto" if dtype is None else dtype,
         device_map=device_map,
         attn_implementation=attn_implementation,
+        # Reported below with the rest, instead of an error that names no weight.
+        ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
     wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
@@ -82,7 +84,7 @@ def load_selector(path: str, model: Any) -> LlavaVideoSelector:
     CheckpointError
         Files are missing or damaged, or keys do not match.
     UnsupportedModelError
-        The selector is of another family, or of another size of tower.
+        The selector is of another family, or for another size of tower.
     """
     folder = local_folder(path)
     raw = read_json(folder / "config.json")
@@ -100,9 +102,29 @@ def load_selector(path: str, model: Any) -> LlavaVideoSelector:
     with init_empty_weights():
         selector = LlavaVideoSelector(config)
     load_into(selector, Checkpoint(folder), convert, dtype=model.dtype, device=model.device)
-    _check_fit(selector, model, path)
     selector.name_or_path = str(path)
+    check_fit(selector, model)
     return selector.to(model.device).eval()
+
+
+def check_fit(selector: Any, model: Any) -> None:
+    """Check that ``selector`` is one of this family, for a tower like the one of ``model``."""
+    if not isinstance(selector, LlavaVideoSelector):
+        raise UnsupportedModelError(
+            f"A selector of class {type(selector).__name__} does not fit LLaVA-Video; give a "
+            "LlavaVideoSelector."
+        )
+    ours, theirs = selector.config, model.config
+    pairs = {
+        "width of the vision tower": (ours.vision_hidden_size, theirs.vision_config.hidden_size),
+        "video placeholder": (ours.video_token_id, theirs.video_token_id),
+    }
+    for what, (selector_has, model_has) in pairs.items():
+        if selector_has != model_has:
+            raise UnsupportedModelError(
+                f"The selector {selector.name_or_path} does not fit this model: {what} "
+                f"{selector_has}, the model has {model_has}."
+            )
 
 
 def selector_config(published: Mapping[str, Any], model_config: Any) -> LlavaVideoSelectorConfig:
@@ -125,18 +147,3 @@ def selector_config(published: Mapping[str, Any], model_config: Any) -> LlavaVid
 
 def _keep_key(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     return [(name, tensor)]
-
-
-def _check_fit(selector: LlavaVideoSelector, model: Any, path: str) -> None:
-    """Check that the tower is of the kind the selector was trained on."""
-    ours, theirs = selector.config, model.config
-    pairs = {
-        "width of the vision tower": (ours.vision_hidden_size, theirs.vision_config.hidden_size),
-        "video placeholder": (ours.video_token_id, theirs.video_token_id),
-    }
-    for what, (selector_has, model_has) in pairs.items():
-        if selector_has != model_has:
-            raise UnsupportedModelError(
-                f"The selector {path} does not fit this model: {what} {selector_has}, the model "
-                f"has {model_has}."
-            )

@@ -13,9 +13,8 @@ from ..core.architecture import Architecture, Pixels, Request
 from ..core.budget import round_up
 from ..core.decoder import device_of, reference_states
 from ..core.layout import Clip, Prompt
-from .convert import check_fit, load_model, load_selector
 from .encode import encode_pixels, layout_prompt, read_requests
-from .loading import load_model, load_processor, load_selector
+from .loading import check_fit, load_model, load_processor, load_selector
 from .positions import compact_positions, whole_positions
 from .prepare import expand_prompt, picture_size, prepare_pixels, sample_pictures
 from .selector import Qwen2_5_VLSelector
