@@ -4,6 +4,9 @@ Each measurement runs in a fresh process, so that one cannot leave memory to ano
 
     python scripts/bench_spearman.py --sizes 4096 13440 --threads 1 2 --json spearman.json
 
+On cores shared with other work, idle threads that spin distort two-thread figures of either method:
+set OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0.
+
 Peak is the growth of the process's resident set over its size with the inputs in place.
 Inputs: `softmax` as relevance looks, which puts nearly all tokens within a few temperatures;
 `dense`, all tokens within one temperature; `sparse`, no two tokens in one box, the most work for

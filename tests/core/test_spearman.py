@@ -179,6 +179,18 @@ def test_loss_equals_all_pairs_in_float32(kind: str, scale: float) -> None:
     assert error <= EPS32 * expected_grad.abs().max()
 
 
+@pytest.mark.parametrize("block", [1, 7, 256, 10_000])
+def test_any_block_size_gives_the_same(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pred = random_scores(1200, "heavy", 1e-3, 25)
+    target = random_scores(1200, "normal", 1.0, 26)
+    expected = value_and_grad(pred, target)
+    monkeypatch.setattr("flexselect.core.spearman._BLOCK", block)
+    result = value_and_grad(pred, target)
+    torch.testing.assert_close(result[0], expected[0], rtol=1e-13, atol=0)
+    tolerance = 1e-13 * float(expected[1].abs().max())
+    torch.testing.assert_close(result[1], expected[1], rtol=0, atol=tolerance)
+
+
 def test_where_boxes_begin_does_not_matter() -> None:
     """A token far below moves every box edge and nothing else than ranks by one."""
     x = random_scores(300, "normal", 1e-3, 5)
@@ -191,7 +203,7 @@ def test_where_boxes_begin_does_not_matter() -> None:
 
 @pytest.mark.parametrize(("dtype", "huge"), [(torch.float32, 3e38), (torch.float64, 1.7e308)])
 def test_scores_as_far_apart_as_the_dtype_allows(dtype: torch.dtype, huge: float) -> None:
-    """Divided by the temperature, the float64 ones overflow: finite, though no longer told apart."""
+    """Over the temperature the float64 ones overflow: finite, though no longer told apart."""
     x = torch.tensor([huge, -huge, 0.0, 1e-45, -huge], dtype=dtype)
     ranks = soft_rank(x)
     torch.testing.assert_close(ranks[[1, 4]], torch.full((2,), 0.5, dtype=dtype))
