@@ -148,7 +148,7 @@ class TestRealKeys:
         (tmp_path / "vision_config.json").unlink()
         config = convert_config(tmp_path)
         model = empty_model(config)
-        arguments = {"ignored": ignored_keys(config), "tied": tied_keys(config)}
+        arguments: dict[str, Any] = {"ignored": ignored_keys(config), "tied": tied_keys(config)}
         plan = plan_conversion(blank(keys), shapes(model), convert_tensor, **arguments)
         assert plan.routes.keys() == keys.keys()
         assert plan.blank.keys() == dict(model.named_parameters()).keys()

@@ -191,9 +191,12 @@ class TestModel:
         monkeypatch.setattr("flexselect.llava_video.modeling.PICTURES_PER_CHUNK", 3)
         seen: list[int] = []
         encode = model.model.encode_pictures
-        monkeypatch.setattr(
-            model.model, "encode_pictures", lambda p: seen.append(len(p)) or encode(p)
-        )
+
+        def counted(pictures: Tensor) -> Tensor:
+            seen.append(len(pictures))
+            return encode(pictures)
+
+        monkeypatch.setattr(model.model, "encode_pictures", counted)
         close(model.get_video_features(pixels).pooler_output, whole, 1e-5)
         assert seen == [3, 3, 1]
 

@@ -173,7 +173,11 @@ class TestTimes:
         self, processor: LlavaVideoProcessor
     ) -> None:
         processor.time_instruction = True
-        call = {"text": PROMPT, "videos": [video(3)], "video_metadata": VideoMetadata(**TIMES)}
+        call: dict[str, Any] = {
+            "text": PROMPT,
+            "videos": [video(3)],
+            "video_metadata": VideoMetadata(**TIMES),
+        }
         with_times = processor(**call)["input_ids"][0]
         without = processor(**call, time_instruction=False)["input_ids"][0]
         assert len(with_times) > len(without)
