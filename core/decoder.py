@@ -49,6 +49,7 @@ def reference_states(
             "This model uses sliding-window attention below its reference layer; relevance is "
             "defined over full attention. Set use_sliding_window to false in its config."
         )
+    forget_length(decoder)
     cos_sin = decoder.rotary_emb(embeds, positions)
     mask = _causal_mask(embeds) if decoder.config._attn_implementation == "eager" else None
     hidden = embeds
@@ -64,6 +65,18 @@ def reference_states(
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
     return _rotate(query, cos[:, :, rows], sin[:, :, rows]), _rotate(key, cos, sin)
+
+
+def forget_length(decoder: Any) -> None:
+    """Let a dynamic-NTK rope start anew.
+
+    It stretches to the longest sequence it has met and stays there for shorter ones, so without
+    this a result would depend on what the model read before. Other ropes remember nothing.
+    """
+    rope = decoder.rotary_emb
+    if rope.rope_type == "dynamic":
+        rope.inv_freq = rope.original_inv_freq.to(rope.inv_freq.device)
+        rope.max_seq_len_cached = rope.original_max_seq_len
 
 
 def device_of(module: nn.Module) -> torch.device:

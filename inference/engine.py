@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor
 
 from ..core.architecture import Request
+from ..core.decoder import forget_length
 from ..core.layout import NONE, Prompt
 from ..core.selection import Selection
 from .features import Encoded, Features, Progress, assemble, encode
@@ -84,6 +85,7 @@ class Engine:
 
     def prefill(self, parts: list[tuple[Tensor, Tensor]], left: bool = True) -> dict[str, Tensor]:
         """Pad gathered prompts to one batch: inputs_embeds, attention_mask, position_ids."""
+        forget_length(self.architecture.decoder)
         length = max(len(embeds) for embeds, _ in parts)
         device = parts[0][0].device
 

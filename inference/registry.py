@@ -15,12 +15,15 @@ from ..core.hub import local_folder
 
 #: Class of a loaded model: (family, name of its `Architecture`).
 FAMILIES: dict[str, tuple[str, str]] = {
+    "InternVLForConditionalGeneration": ("internvl", "InternVL"),
     "LlavaVideoForConditionalGeneration": ("llava_video", "LlavaVideo"),
     "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "Qwen2_5_VL"),
 }
 
 #: ``model_type`` of a checkpoint's config.json: class of FAMILIES it is loaded as.
 CHECKPOINTS: dict[str, str] = {
+    "internvl": "InternVLForConditionalGeneration",
+    "internvl_chat": "InternVLForConditionalGeneration",
     "llava_qwen": "LlavaVideoForConditionalGeneration",
     "llava_video": "LlavaVideoForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
@@ -95,11 +98,9 @@ def _family(class_name: str) -> type[Architecture]:
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     """Resolve a dtype's name; None for "as stored"."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
     if dtype == "auto":
         return None
-    resolved = getattr(torch, dtype, None)
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise OptionError(
             f"dtype must be 'auto', 'bfloat16', 'float16' or 'float32', got {dtype!r}."
