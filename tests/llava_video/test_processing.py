@@ -218,8 +218,8 @@ def test_saved_and_loaded_by_auto_processor(tokenizer: Qwen2Tokenizer, tmp_path:
     processor.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert type(loaded) is LlavaVideoProcessor
-    call = {"text": PROMPT, "videos": [video(3)], "video_metadata": [TIMES], "return_tensors": "pt"}
-    expected, actual = processor(**call), loaded(**call)
+    call: dict[str, Any] = {"text": PROMPT, "videos": [video(3)], "video_metadata": [TIMES]}
+    expected, actual = (p(**call, return_tensors="pt") for p in (processor, loaded))
     assert expected.keys() == actual.keys()
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
     assert loaded.apply_chat_template(QUESTION, add_generation_prompt=True) == PROMPT
