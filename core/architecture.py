@@ -8,7 +8,7 @@ both are a `Scorer`. ``PORTING.md`` walks through a new family file by file.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -191,6 +191,24 @@ class Architecture(ABC):
     @abstractmethod
     def load_processor(cls, folder: Path) -> Any:
         """Load the processor of a checkpoint."""
+
+    @classmethod
+    def convert_checkpoint(
+        cls,
+        source: Path,
+        destination: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Path:
+        """Write a checkpoint in its authors' layout as one that transformers loads.
+
+        Raises `UnsupportedModelError` for a family whose checkpoints need no conversion.
+        """
+        raise UnsupportedModelError(
+            f"{source} needs no conversion: transformers loads {cls.family} as it is stored."
+        )
 
     @abstractmethod
     def load_selector(self, path: str) -> Any:

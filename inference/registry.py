@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,37 @@ def load_processor(path_or_id: str | Path) -> Any:
     """Load the processor of a checkpoint of a supported family."""
     folder, family = _resolve(path_or_id)
     return family.load_processor(folder)
+
+
+def convert_model(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write a checkpoint in its authors' layout as one that transformers loads.
+
+    Parameters
+    ----------
+    source : folder, or hub id, of the checkpoint; read shard by shard.
+    destination : folder to make; it appears only when it is whole.
+    dtype : ``"auto"`` as stored, or a dtype or its name.
+    overwrite : replace a destination that exists.
+    progress : called with (tensors done, tensors).
+
+    Raises
+    ------
+    CheckpointError
+        As `load_model`; or the destination exists or cannot be written.
+    UnsupportedModelError
+        No family knows this kind of checkpoint, or it needs no conversion.
+    """
+    folder, family = _resolve(source)
+    return family.convert_checkpoint(
+        folder, Path(destination), dtype=_dtype(dtype), overwrite=overwrite, progress=progress
+    )
 
 
 def _resolve(path_or_id: str | Path) -> tuple[Path, type[Architecture]]:

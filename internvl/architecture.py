@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.architecture import Architecture, Pixels, Request
 from ..core.decoder import device_of, reference_states
 from ..core.layout import Clip, Prompt
+from .convert import convert_checkpoint
 from .encode import encode_pixels, has_video, layout_prompt, read_requests
 from .loading import check_fit, load_model, load_processor, load_selector
 from .positions import compact_positions, whole_positions
@@ -80,6 +81,21 @@ class InternVL(Architecture):
     def load_processor(cls, folder: Path) -> Any:
         """Load the processor, or build it for a checkpoint in the original layout."""
         return load_processor(folder)
+
+    @classmethod
+    def convert_checkpoint(
+        cls,
+        source: Path,
+        destination: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Path:
+        """Write a checkpoint in the original layout as one that transformers loads."""
+        return convert_checkpoint(
+            source, destination, dtype=dtype, overwrite=overwrite, progress=progress
+        )
 
     def load_selector(self, path: str) -> InternVLSelector:
         """Load a Lite selector, ours or published."""

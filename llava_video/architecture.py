@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,15 @@ from torch import Tensor
 from ..core.architecture import Architecture, Pixels, Request
 from ..core.decoder import reference_states
 from ..core.layout import Clip, Prompt
+from .convert import convert_checkpoint
 from .encode import encode_pixels, layout_prompt, read_requests
-from .loading import check_fit, load_model, load_processor, load_selector
+from .loading import (
+    check_fit,
+    load_model,
+    load_processor,
+    load_selector,
+    published_pooling,
+)
 from .positions import compact_positions, whole_positions
 from .prepare import expand_prompt, prepare_pixels
 from .selector import LlavaVideoSelector, embed_with_newline
@@ -89,6 +96,26 @@ class LlavaVideo(Architecture):
     def load_processor(cls, folder: Path) -> Any:
         """Load the processor, or build it for a checkpoint in LLaVA-NeXT's format."""
         return load_processor(folder)
+
+    @classmethod
+    def convert_checkpoint(
+        cls,
+        source: Path,
+        destination: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Path:
+        """Write a checkpoint in LLaVA-NeXT's format as one that transformers loads."""
+        return convert_checkpoint(
+            source,
+            destination,
+            dtype=dtype,
+            overwrite=overwrite,
+            spatial_pool_mode=published_pooling(source),
+            progress=progress,
+        )
 
     def load_selector(self, path: str) -> LlavaVideoSelector:
         """Load a Lite selector, ours or published."""

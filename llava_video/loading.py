@@ -17,7 +17,7 @@ from ..core.hub import local_folder
 from .convert import load_original
 from .convert import load_processor as load_original_processor
 from .modeling import LlavaVideoForConditionalGeneration
-from .original import is_original, selector_tensor
+from .original import convert_config, is_original, selector_tensor
 from .processing import LlavaVideoProcessor
 from .selector import LlavaVideoSelector, LlavaVideoSelectorConfig
 
@@ -48,7 +48,11 @@ def load_model(
     """Load a checkpoint; see `Architecture.load_model`."""
     if is_original(folder):
         return load_original(
-            folder, dtype=dtype, device_map=device_map, attn_implementation=attn_implementation
+            folder,
+            dtype=dtype,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            spatial_pool_mode=published_pooling(folder),
         )
     Checkpoint(folder)  # names missing and damaged files better than what follows would
     model, report = LlavaVideoForConditionalGeneration.from_pretrained(
@@ -69,10 +73,22 @@ def load_model(
     return model
 
 
+def published_pooling(folder: Path) -> str | None:
+    """Return how the reference pools a checkpoint's frames; None for as its config says.
+
+    The published results, budgets and Lite selectors are for bilinear pooling to 14 x 14, also
+    where a LLaVA-Video checkpoint's own config says average (13 x 13); `convert.load_original`
+    follows the config. Checkpoints that do not end every row with a newline are no LLaVA-Video.
+    """
+    grid = read_json(folder / "config.json").get("mm_newline_position") == "grid"
+    return "bilinear" if grid else None
+
+
 def load_processor(folder: Path) -> Any:
     """Load the processor, or build it for a checkpoint in LLaVA-NeXT's format."""
     if is_original(folder):
-        return load_original_processor(folder)
+        config = convert_config(folder, spatial_pool_mode=published_pooling(folder))
+        return load_original_processor(folder, config)
     return LlavaVideoProcessor.from_pretrained(folder)
 
 
