@@ -1,4 +1,4 @@
-"""Every property of this folder is tested for every family, and where it applies for both rankers."""
+"""Every property of this folder is tested for every family, many of them for both rankers."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ ROWS: list[list[Any]] = [
     [Image(4), *SHORT],
 ]
 
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+CLOSE: Any = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def logits(model: Any, inputs: dict[str, Tensor], **more: Any) -> Tensor:
@@ -59,6 +59,7 @@ def test_batch_equals_one_by_one(
         length = expected.shape[1]
         got = together[index, -length:] if side == "left" else together[index, :length]
         if any_video(row):
+            assert selection is not None
             assert torch.equal(selections[index].kept, selection.kept)
             torch.testing.assert_close(got, expected[0], **CLOSE)
             assert torch.equal(tokens[index], new_tokens(model, alone)[0])
@@ -164,7 +165,7 @@ def test_query_last_reads_the_last_token_alone(family: Family, model: Any) -> No
     assert all(len(part.query_rows) == 1 for part in sets)
     assert all(int(part.query_rows) == len(part.rows) - 1 for part in sets)
     every = split_prompt(row.prompt, applied.architecture, 3)
-    arguments = {"layer": LAYER, "aggregation": "max"}
+    arguments: Any = {"layer": LAYER, "aggregation": "max"}
     last = score(row.prompt, sets, row.features.model, applied.architecture, **arguments)
     whole = score(row.prompt, every, row.features.model, applied.architecture, **arguments)
     assert bool((last <= whole + 1e-6).all())
@@ -231,7 +232,7 @@ def stock_embeds(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_keep_all_equals_the_unpatched_model(
-    family: Family, model: Any, select: Callable[..., Any], side: str, positions: str
+    family: Family, model: Any, select: Callable[..., Any], side: str, positions: Any
 ) -> None:
     inputs = family.inputs([Video(5), *SHORT], [Image(), Video(3, 1), *LONG], padding_side=side)
     where = unpatched_positions(model, inputs)

@@ -1,4 +1,4 @@
-"""``generate`` and forward of an applied model behave as the caller knows them from the stock model."""
+"""``generate`` and forward of an applied model behave as the caller knows them."""
 
 from __future__ import annotations
 

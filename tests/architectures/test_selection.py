@@ -192,6 +192,7 @@ def test_the_record_says_what_decided_and_survives_a_file(
     torch.testing.assert_close(found.times[0], torch.arange(7).double() * step)
     found.save(tmp_path / "found")
     loaded = Selection.load(tmp_path / "found")
+    assert loaded.scores is not None
     assert torch.equal(loaded.scores, found.scores)
     assert torch.equal(loaded.kept, found.kept)
     assert loaded.moments() == found.moments()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model
 
-from flexselect.core.decoder import check_layer, device_of, reference_states
+from flexselect.core.decoder import check_layer, device_of, forget_length, reference_states
 from flexselect.core.errors import OptionError, UnsupportedModelError
 from flexselect.core.relevance import relevance
 
@@ -22,7 +22,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 8,
 }
-DECODERS = {
+DECODERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaModel, LlamaConfig, {}),
     "llama-biased": (LlamaModel, LlamaConfig, {"attention_bias": True}),
     "qwen2": (Qwen2Model, Qwen2Config, {}),
@@ -106,8 +106,34 @@ def test_the_decoder_runs_whole_afterwards() -> None:
     assert torch.equal(run(), before)
 
 
+def test_a_dynamic_rope_remembers_no_longer_prompt() -> None:
+    """Its frequencies stretch with the longest sequence seen, here beyond 8 tokens."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    decoder = build("llama", rope_parameters=rope, max_position_embeddings=8)
+
+    def states(tokens: int) -> Tensor:
+        draw = torch.Generator().manual_seed(tokens)
+        embeds = torch.randn(1, tokens, 32, generator=draw)
+        positions, rows = torch.arange(tokens)[None], torch.arange(tokens)
+        with torch.no_grad():
+            return torch.cat(reference_states(decoder, embeds, positions, 1, rows), 1)
+
+    fresh = states(12)
+    longer = states(30)
+    assert not torch.equal(decoder.rotary_emb.inv_freq, decoder.rotary_emb.original_inv_freq)
+    assert torch.equal(states(12), fresh)
+    assert torch.equal(states(30), longer)
+    decoder.rotary_emb(torch.zeros(1, 30, 32), torch.arange(30)[None])
+    forget_length(decoder)
+    assert torch.equal(decoder.rotary_emb.inv_freq, decoder.rotary_emb.original_inv_freq)
+
+
 def test_sliding_window_below_the_reference_layer() -> None:
-    sliding = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    sliding: dict[str, Any] = {
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+    }
     decoder = build("qwen2", **sliding)
     assert decoder.config.layer_types == [
         "full_attention",

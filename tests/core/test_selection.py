@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +122,12 @@ def test_counts_and_scores_by_frame() -> None:
 def test_a_moment_grows_while_frames_are_kept_and_relevant() -> None:
     """Frames at 0, 2, 4, … seconds; the peak is at 4, frame 4 is irrelevant, frame 0 dropped."""
     found = make(kept=list(range(3, 18)), scores=[0.9, 0.5, 0.8, 0.4, 0.1, 0.3])
-    assert found.moments() == [
-        Moment(start=2.0, end=8.0, score=pytest.approx(0.8), kept=9),
-        Moment(start=10.0, end=12.0, score=pytest.approx(0.3), kept=3),
-        Moment(start=8.0, end=10.0, score=pytest.approx(0.1), kept=3),
+    assert [(m.start, m.end, m.kept) for m in found.moments()] == [
+        (2.0, 8.0, 9),
+        (10.0, 12.0, 3),
+        (8.0, 10.0, 3),
     ]
+    assert [m.score for m in found.moments()] == pytest.approx([0.8, 0.3, 0.1])
 
 
 def test_moments_of_several_videos_compete() -> None:
@@ -158,7 +160,7 @@ def test_moments_make_sense(scores: list[float], data: st.DataObject) -> None:
     # Together they hold every kept token once, and none overlaps another.
     assert sum(m.kept for m in moments) == len(kept)
     in_time = sorted(moments, key=lambda m: m.start)
-    assert all(a.end <= b.start for a, b in zip(in_time, in_time[1:], strict=False))
+    assert all(a.end <= b.start for a, b in pairwise(in_time))
     for moment in moments:
         inside = scores[int(moment.start / 2) : round(moment.end / 2)] or scores
         assert moment.score == pytest.approx(max(inside))
@@ -179,8 +181,8 @@ def test_save_and_load(tmp_path: Path, scores: list[float] | None) -> None:
     assert all(torch.equal(a, b) for a, b in zip(loaded.times, found.times, strict=True))
     assert all(times.dtype == torch.float64 for times in loaded.times)
     assert (loaded.scores is None) == (scores is None)
-    if scores is not None:
-        assert torch.equal(loaded.scores, found.scores)
+    if loaded.scores is not None:
+        assert torch.equal(loaded.scores, torch.tensor(scores).repeat_interleave(3))
     assert loaded.settings == found.settings
     assert sorted(file.name for file in path.parent.iterdir()) == [
         "run.v1.json",

@@ -57,7 +57,7 @@ def test_golden_data_is_all_there() -> None:
 @needs_fixtures
 @pytest.mark.parametrize(("family", "entry"), golden())
 def test_grouping_at_real_sizes(family: str, entry: dict[str, Any]) -> None:
-    """The reference's grouping with a stub for scores: token i of n is kept iff i * 7919 % n < k."""
+    """The reference's grouping under a stub: token i of n is kept iff i * 7919 % n < k."""
     frames, tokens = entry["frames"], entry["tokens_per_frame"]
     budget = round_up(entry["budget"], tokens) if family == "qwen" else entry["budget"]
     sets = frame_sets(frames, entry["max_frames_per_group"])

@@ -1,0 +1,128 @@
+"""Sets of a hand-made prompt, and their scores under a scorer that is simple to state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexselect.core.layout import Prompt
+from flexselect.inference import scoring
+from flexselect.inference.scoring import score, split_prompt
+from flexselect.tests.core.handmade import make, text_of
+
+
+class Scorer:
+    """Attends by the embeddings themselves; positions are remembered, passes counted."""
+
+    num_layers = 3
+
+    def __init__(self) -> None:
+        self.passes: list[tuple[int, int]] = []
+        self.positions_seen: list[Tensor] = []
+        self.prompts: list[Prompt] = []
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return torch.stack([(ids * 7 % 11).float(), (ids * 3 % 5).float()], -1) / 10
+
+    def positions(self, prompt: Prompt) -> Tensor:
+        self.prompts.append(prompt)
+        return torch.arange(len(prompt.layout)).expand(3, -1)
+
+    def states(
+        self, embeds: Tensor, positions: Tensor, layer: int, query_rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert layer == 1
+        assert positions.shape == (3, *embeds.shape[:2])
+        self.passes.append((embeds.shape[0], embeds.shape[1]))
+        return embeds[:, None, query_rows], embeds[:, None]
+
+
+FEATURES = torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
+
+
+def run(frames_per_set: int, **more: Any) -> tuple[Tensor, Scorer]:
+    prompt, scorer = make(), Scorer()
+    options = {"layer": 1, "aggregation": "max", **more}
+    sets = split_prompt(prompt, scorer, frames_per_set)
+    return score(prompt, sets, FEATURES, scorer, **options), scorer
+
+
+def test_sets_of_two_videos() -> None:
+    prompt, scorer = make(), Scorer()
+    sets = split_prompt(prompt, scorer, 2)
+    assert [(part.video, part.frames.tolist()) for part in sets] == [
+        (0, [0, 2]),
+        (0, [1]),
+        (1, [0, 1]),
+    ]
+    assert [text_of(prompt, part.rows) for part in sets] == [
+        "ss[tAAtAA]miiqq",
+        "ss[tAA]miiqq",
+        "ssm(BBBB)iiqq",
+    ]
+    assert [part.members.tolist() for part in sets] == [[0, 1, 4, 5], [2, 3], [6, 7, 8, 9]]
+    for part in sets:
+        visual = prompt.visual_rows()[part.members]
+        assert torch.equal(part.rows[part.columns], visual)
+        asking = prompt.layout.query.nonzero()[:, 0]
+        present = asking[torch.isin(asking, part.rows)]
+        assert torch.equal(part.rows[part.query_rows], present)
+        assert part.positions.shape == (3, len(part.rows))
+    assert [clip.videos[0].seconds_per_frame for clip in scorer.prompts] == [1.0] * 3
+    assert [clip.num_frames for clip in scorer.prompts] == [2, 1, 2]
+
+
+def test_only_the_last_token_asks() -> None:
+    prompt = make()
+    for part in split_prompt(prompt, Scorer(), 2, last_only=True):
+        assert part.query_rows.tolist() == [len(part.rows) - 1]
+
+
+def test_scores_are_attention_within_the_set() -> None:
+    prompt = make()
+    scores, _ = run(2, aggregation="mean")
+    assert scores.shape == (10,)
+    assert scores.dtype == torch.float32
+    whole = Scorer().embed(prompt.layout.ids)
+    whole[prompt.layout.feature] = FEATURES
+    for part in split_prompt(prompt, Scorer(), 2):
+        embeds = whole[part.rows]
+        weights = []
+        for row in part.query_rows.tolist():
+            logits = embeds[: row + 1] @ embeds[row] / 2**0.5
+            weights.append(logits.softmax(0)[part.columns])
+        torch.testing.assert_close(scores[part.members], torch.stack(weights).mean(0))
+
+
+@pytest.mark.parametrize("sets_per_batch", [1, 2, 3, None])
+@pytest.mark.parametrize("frames_per_set", [1, 2, 3])
+def test_batches_change_nothing(frames_per_set: int, sets_per_batch: int | None) -> None:
+    expected, _ = run(frames_per_set, sets_per_batch=1)
+    found, scorer = run(frames_per_set, sets_per_batch=sets_per_batch)
+    torch.testing.assert_close(found, expected)
+    assert max(count for count, _ in scorer.passes) <= (sets_per_batch or 99)
+
+
+def test_sets_of_one_shape_share_a_pass() -> None:
+    _, scorer = run(1)
+    assert scorer.passes == [(3, 12), (2, 11)]
+    _, scorer = run(1, sets_per_batch=2)
+    assert scorer.passes == [(2, 12), (1, 12), (2, 11)]
+
+
+def test_a_pass_holds_a_bounded_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", 24)
+    _, scorer = run(1)
+    assert scorer.passes == [(2, 12), (1, 12), (2, 11)]
+    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", 1)
+    _, scorer = run(1)
+    assert scorer.passes == [(1, 12)] * 3 + [(1, 11)] * 2
+
+
+def test_progress_counts_sets() -> None:
+    calls: list[Any] = []
+    run(1, progress=lambda *call: calls.append(call))
+    assert calls == [("rank", 3, 5), ("rank", 5, 5)]
