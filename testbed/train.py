@@ -8,9 +8,11 @@ and a ``training.json`` that says how it was made and what it scores, goes to ``
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -22,9 +24,10 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
 from ..core.errors import CheckpointError, FlexSelectError
-from .check import check_clips
+from .check import Score, check_clips
 from .models import Family, family_of
 from .questions import RETRIEVAL
 from .recipe import (
@@ -87,6 +90,8 @@ def train(
         log = [{"phase": "tower", "step": recipe.tower_steps, "held_out": round(named, 4)}]
         state.save(model, None, 0, 0, log)
         phase_done, step_done = 0, 0
+    if phase_done == len(recipe.phases):
+        return model, log
     logger.info("encode a pool of %d scenes", recipe.pool_scenes)
     pool = build_pool(family, model, recipe.pool_scenes, seed)
     for number, phase in enumerate(recipe.phases):
@@ -122,11 +127,20 @@ def train(
     return model, log
 
 
-def save_checkpoint(family: Family, model: Any, out: Path, record: dict[str, Any]) -> None:
-    """Write a checkpoint folder as ``from_pretrained`` and ``AutoProcessor`` expect it."""
-    model.to(torch.bfloat16).save_pretrained(out)
+def save_checkpoint(family: Family, model: Any, out: Path) -> None:
+    """Write a model in bfloat16 as ``from_pretrained`` and ``AutoProcessor`` expect it."""
+    # A copy, because casting also rounds the rotary frequencies, which are not stored.
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
     family.processor.save_pretrained(out)
-    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def check_checkpoint(family: Family, folder: Path, count: int) -> dict[str, Score]:
+    """Ask a saved checkpoint about ``count`` test videos, with both controls."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    return {
+        name: check_clips(family, model, split="test", count=count, control=control)
+        for name, control in (("whole", None), ("shuffled", "shuffled"), ("blind", "blind"))
+    }
 
 
 class _State:
@@ -205,13 +219,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FlexSelectError as error:
         logger.error("error: %s", error)
         return 2
-    out = options.out or Path(__file__).parent / "checkpoints" / family.name
-    # Figures are those of the weights as they are stored.
-    model = model.to(torch.bfloat16).float().eval()
-    scores = {
-        name: check_clips(family, model, split="test", count=options.check, control=control)
-        for name, control in (("whole", None), ("shuffled", "shuffled"), ("blind", "blind"))
-    }
+    draft = work / "checkpoint"
+    save_checkpoint(family, model, draft)
+    scores = check_checkpoint(family, draft, options.check)
+    for name, score in scores.items():
+        logger.info("%s: %s", name, score.rows())
+    accuracy = scores["whole"].accuracy(RETRIEVAL)
+    logger.info("retrieval from clips of 16 frames: %.3f", accuracy)
     record = {
         "family": family.name,
         "seed": options.seed,
@@ -220,14 +234,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "test_clips_of_16_frames": {name: score.rows() for name, score in scores.items()},
         "log": log,
     }
-    accuracy = scores["whole"].accuracy(RETRIEVAL)
-    for name, score in scores.items():
-        logger.info("%s: %s", name, score.rows())
-    logger.info("retrieval on short clips: %.3f", accuracy)
+    (draft / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     if accuracy < options.least:
-        logger.error("error: below --least %.2f; %s was not written", options.least, out)
+        logger.error("error: below --least %.2f; the checkpoint stays in %s", options.least, draft)
         return 1
-    save_checkpoint(family, model, out, record)
+    out = options.out or Path(__file__).parent / "checkpoints" / family.name
+    shutil.copytree(draft, out, dirs_exist_ok=True)
     logger.info("wrote %s", out)
     return 0
 

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -106,6 +108,21 @@ def test_the_command_resumes_and_refuses_a_folder_of_other_videos(tmp_path, capl
     with caplog.at_level(logging.ERROR):
         assert main([*command, "--count", "1", "--tasks", "order"]) == 2
     assert "tasks differ" in caplog.text
+
+
+def test_the_command_runs_as_a_module_and_reports_failure_by_its_exit_code(tmp_path):
+    command = [sys.executable, "-m", "flexselect.testbed.make", "--split", "test"]
+    command += ["--count", "1", "--out", str(tmp_path), "--frames"]
+    good, bad = (
+        subprocess.run([*command, frames], capture_output=True, text=True, check=False)
+        for frames in ("8", "7")
+    )
+    assert good.returncode == 0, good.stderr
+    assert "1 videos with 1 questions" in good.stderr
+    assert bad.returncode == 2
+    assert "frames=7" in bad.stderr
+    assert "Traceback" not in bad.stderr
+    assert len(videos.decode_video(tmp_path / "test-0008-00000.mp4")) == 8
 
 
 def test_questions_are_dealt_in_turn(tmp_path):

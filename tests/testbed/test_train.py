@@ -1,0 +1,172 @@
+"""Training: a miniature learns from scratch, a stopped run goes on as if it never stopped."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from flexselect.core.errors import CheckpointError
+from flexselect.testbed import train as train_module
+from flexselect.testbed.check import check_clips, family_inputs
+from flexselect.testbed.models import family_of
+from flexselect.testbed.questions import compose
+from flexselect.testbed.recipe import Phase, Recipe, Segment, default_recipe
+from flexselect.testbed.tokenizer import FAMILIES
+from flexselect.testbed.train import save_checkpoint, train
+from flexselect.testbed.videos import draw_plot
+
+MINIATURE = Recipe(
+    tower_steps=60,
+    tower_scenes=64,
+    tower_rate=4e-3,
+    pool_scenes=1024,
+    phases=(
+        Phase(
+            "language",
+            4e-3,
+            10,
+            (
+                Segment("drill", 100, 24, 52, (2, 4), 8),
+                Segment("questions", 160, 24, 66, (2,), 3, tasks=("number",)),
+            ),
+        ),
+    ),
+    text={"num_hidden_layers": 3},
+)
+
+
+@torch.no_grad()
+def family_logits(family, model):
+    """Ask a model one question through the family's processor."""
+    pictures = draw_plot(compose(0, 2, ["number"]))
+    return model(**family_inputs(family, pictures, "What number is on the red star?")).logits
+
+
+def shortened(steps, **text):
+    return Recipe(
+        tower_steps=2,
+        tower_scenes=4,
+        tower_rate=1e-3,
+        pool_scenes=256,
+        phases=(
+            Phase("language", 1e-3, 2, (Segment("drill", steps, 2, 120, (4,), 4),)),
+            Phase(
+                "near_misses",
+                1e-3,
+                2,
+                (
+                    Segment(
+                        "questions", steps, 2, 160, (2,), 2, pruned=0.5, tokens=8, tasks=("count",)
+                    ),
+                ),
+            ),
+        ),
+        text={"num_hidden_layers": 1, **text},
+    )
+
+
+def test_a_miniature_learns_to_read_videos_from_scratch(tmp_path):
+    torch.set_num_threads(1)
+    family = family_of("qwen2_5_vl")
+    model, log = train(family, MINIATURE, work=tmp_path, compiled=False)
+    assert log[0]["held_out"] > 0.5
+    drills, questions = (
+        [row for row in log if row["phase"] == "language" and row["step"] in steps]
+        for steps in (range(101), range(126, 261))
+    )
+    for rows in (drills, questions):
+        assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+        assert rows[-1]["right"] > rows[0]["right"] + 0.1
+
+    def accuracy(control):
+        return check_clips(
+            family,
+            model.eval(),
+            split="validation",
+            count=150,
+            frames=2,
+            tasks=("number",),
+            control=control,
+        ).accuracy()
+
+    seen, shuffled, blind = accuracy(None), accuracy("shuffled"), accuracy("blind")
+    # Chance is 0.1; of 150 questions a guesser gets more than 0.2 right once in ten thousand runs.
+    assert seen > 0.2
+    assert shuffled < 0.2
+    assert blind < 0.2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_stopped_run_goes_on_exactly_as_an_uninterrupted_one(name, tmp_path, monkeypatch):
+    family, recipe = family_of(name), shortened(4)
+    whole, log = train(family, recipe, work=tmp_path / "whole", compiled=False, save_every=2)
+    saved = train_module._State.save
+    for stop_after in (1, 1, 2):
+        saves = []
+
+        def save(self, *arguments, saves=saves, stop_after=stop_after):
+            saved(self, *arguments)
+            saves.append(arguments[2:4])
+            if len(saves) == stop_after:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module._State, "save", save)
+            with pytest.raises(KeyboardInterrupt):
+                train(family, recipe, work=tmp_path / "parts", compiled=False, save_every=2)
+    parts, log_of_parts = train(
+        family, recipe, work=tmp_path / "parts", compiled=False, save_every=2
+    )
+    assert saves == [(1, 0), (1, 2)]
+    for (key, one), (_, other) in zip(
+        whole.state_dict().items(), parts.state_dict().items(), strict=True
+    ):
+        assert torch.equal(one, other), key
+    assert [row["step"] for row in log] == [row["step"] for row in log_of_parts]
+
+
+def test_the_state_of_another_run_is_refused(tmp_path):
+    family = family_of("internvl")
+    train(family, shortened(1), work=tmp_path, compiled=False)
+    with pytest.raises(CheckpointError, match="another family, seed or recipe"):
+        train(family, shortened(1), work=tmp_path, seed=1, compiled=False)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_checkpoint_is_an_ordinary_folder(name, tmp_path):
+    family = family_of(name)
+    torch.manual_seed(0)
+    model = family.build().eval()
+    before = family_logits(family, model)
+    save_checkpoint(family, model, tmp_path)
+    assert torch.equal(family_logits(family, model), before)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 4 * 2**20
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.bfloat16}
+    loaded, info = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert type(loaded) is type(model)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert type(processor) is type(family.processor)
+    family.processor = processor
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    torch.testing.assert_close(
+        family_logits(family, loaded), family_logits(family, model), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_clip_of_the_recipe_is_longer_than_sixteen_pictures(name):
+    family = family_of(name)
+    slots = len(family.frame_slots()[0])
+    for phase in default_recipe(family).phases:
+        for segment in phase.segments:
+            assert max(segment.pictures) <= 16
+            frames = 16 // family.pictures_per_frame
+            around = sum(len(part) for part in family.around())
+            assert segment.length > around + frames * slots + 16
