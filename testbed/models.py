@@ -25,9 +25,10 @@ from transformers import (
 from ..core.errors import OptionError
 from ..llava_video.modeling import LlavaVideoConfig, LlavaVideoForConditionalGeneration
 from ..llava_video.processing import build_processor as build_llava_processor
+from .locate import FAMILIES
 from .processors import build_processor
 from .scenes import FRAME, GRID
-from .tokenizer import FAMILIES, PAD, TURN_END, TURN_START, VISION_TOKENS, build_tokenizer
+from .tokenizer import PAD, TURN_END, TURN_START, VISION_TOKENS, build_tokenizer
 
 #: Stand in a frame's slots for a visual token of the tower and for LLaVA-Video's newline.
 FEATURE, NEWLINE = -1, -2

@@ -10,10 +10,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from ..core.errors import OptionError
+from .locate import FAMILIES
 from .questions import TASKS, phrase
 from .scenes import COLOURS, DIGITS, SHAPES
-
-FAMILIES = ("qwen2_5_vl", "internvl", "llava_video")
 
 UNKNOWN = "<unk>"
 PAD = "<|endoftext|>"

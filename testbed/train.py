@@ -28,6 +28,7 @@ from transformers import AutoModelForImageTextToText
 
 from ..core.errors import CheckpointError, FlexSelectError
 from .check import Score, check_clips
+from .locate import FAMILIES, FOLDER
 from .models import Family, family_of
 from .questions import RETRIEVAL
 from .recipe import (
@@ -38,7 +39,6 @@ from .recipe import (
     train_language,
     train_tower,
 )
-from .tokenizer import FAMILIES
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if accuracy < options.least:
         logger.error("error: below --least %.2f; the checkpoint stays in %s", options.least, draft)
         return 1
-    out = options.out or Path(__file__).parent / "checkpoints" / family.name
+    out = options.out or FOLDER / family.name
     shutil.copytree(draft, out, dirs_exist_ok=True)
     logger.info("wrote %s", out)
     return 0

@@ -8,10 +8,10 @@ from flexselect.core.errors import OptionError
 from flexselect.testbed.batches import IGNORE, Scribe, embed
 from flexselect.testbed.check import family_inputs
 from flexselect.testbed.clips import Clip, Pool
+from flexselect.testbed.locate import FAMILIES
 from flexselect.testbed.models import CELLS, family_of
 from flexselect.testbed.questions import TASKS, compose
 from flexselect.testbed.scenes import EMPTY, GRID, draw_frames
-from flexselect.testbed.tokenizer import FAMILIES
 from flexselect.testbed.videos import HOLD, decode_video, draw_plot, encode_video
 
 SMALL = {"num_hidden_layers": 2, "intermediate_size": 96}

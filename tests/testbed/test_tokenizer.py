@@ -3,9 +3,10 @@
 import pytest
 
 from flexselect.core.errors import OptionError
+from flexselect.testbed.locate import FAMILIES
 from flexselect.testbed.questions import TASKS, phrase
 from flexselect.testbed.scenes import COLOURS, DIGITS, SHAPES
-from flexselect.testbed.tokenizer import FAMILIES, UNKNOWN, VISION_TOKENS, build_tokenizer
+from flexselect.testbed.tokenizer import UNKNOWN, VISION_TOKENS, build_tokenizer
 
 
 @pytest.fixture(params=FAMILIES)

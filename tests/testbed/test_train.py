@@ -8,10 +8,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from flexselect.core.errors import CheckpointError
 from flexselect.testbed import train as train_module
 from flexselect.testbed.check import check_clips, family_inputs
+from flexselect.testbed.locate import FAMILIES
 from flexselect.testbed.models import family_of
 from flexselect.testbed.questions import compose
 from flexselect.testbed.recipe import Phase, Recipe, Segment, default_recipe
-from flexselect.testbed.tokenizer import FAMILIES
 from flexselect.testbed.train import save_checkpoint, train
 from flexselect.testbed.videos import draw_plot
 

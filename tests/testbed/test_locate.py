@@ -1,0 +1,60 @@
+"""The committed checkpoints: small, complete, loadable, and as good as their record says."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from flexselect.core.errors import CheckpointError, OptionError
+from flexselect.testbed import locate
+from flexselect.testbed.check import check_clips
+from flexselect.testbed.models import family_of
+from flexselect.testbed.questions import RETRIEVAL
+
+COMMITTED = [name for name in locate.FAMILIES if (locate.FOLDER / name).is_dir()]
+
+
+def test_an_unknown_family_and_a_missing_checkpoint_are_named(tmp_path, monkeypatch):
+    with pytest.raises(OptionError, match="gpt"):
+        locate.checkpoint_folder("gpt")
+    monkeypatch.setattr(locate, "FOLDER", tmp_path)
+    with pytest.raises(CheckpointError, match="--family internvl"):
+        locate.checkpoint_folder("internvl")
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_a_committed_checkpoint_is_small_and_stands_by_its_record(name):
+    folder = locate.checkpoint_folder(name)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 4 * 2**20
+    assert {v.dtype for v in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    record = json.loads((folder / "training.json").read_text())
+    whole = record["test_clips_of_16_frames"]["whole"]
+    assert min(whole[task]["accuracy"] for task in RETRIEVAL) >= 0.95
+    for control in ("shuffled", "blind"):
+        for row in record["test_clips_of_16_frames"][control].values():
+            # Four standard deviations of guessing.
+            spread = (row["chance"] * (1 - row["chance"]) / row["asked"]) ** 0.5
+            assert row["accuracy"] <= row["chance"] + 4 * spread
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_a_committed_checkpoint_answers_fresh_clips_and_needs_to_see_them(name):
+    folder = locate.checkpoint_folder(name)
+    family = family_of(name)
+    family.processor = AutoProcessor.from_pretrained(folder)
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+
+    def accuracy(control):
+        return check_clips(
+            family, model, split="validation", count=10, tasks=RETRIEVAL, control=control
+        ).accuracy()
+
+    assert accuracy(None) >= 0.9
+    assert accuracy("shuffled") < 0.4
+    assert accuracy("blind") < 0.4
