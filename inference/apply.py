@@ -24,6 +24,14 @@ from .methods import FlexSelect, Method
 
 _PATCHED = ("generate", "forward")
 
+#: Options of generation under which stock code would not read the embeddings it is given.
+_REREADING = (
+    "assistant_model",
+    "assistant_early_exit",
+    "prompt_lookup_num_tokens",
+    "prefill_chunk_size",
+)
+
 
 def apply(model: Any, method: Method | None = None, **knobs: Any) -> Any:
     """Let ``model`` answer from selected visual tokens.
@@ -117,24 +125,25 @@ class Applied:
                 setattr(self.engine.model, name, value)
 
     @torch.no_grad()
-    def _generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """Answer from the selected tokens; the prompt's ids still lead what is returned."""
-        if inputs is not None and kwargs.get("input_ids") is None:
-            kwargs["input_ids"], inputs = inputs, None
+        kwargs = _by_name(self.stock_generate, args, kwargs)
+        if kwargs.get("input_ids") is None and kwargs.get("inputs") is not None:
+            kwargs["input_ids"] = kwargs.pop("inputs")
         if not self._selects(kwargs):
-            return self.stock_generate(inputs, *args, **kwargs)
+            return self.stock_generate(**kwargs)
+        default = self.engine.model.generation_config
+        check_decoding(kwargs, default)
         ids = kwargs["input_ids"]
         prefill, options, _ = self._prepare(kwargs, left=True)
-        options = count_new_tokens(options, self.engine.model.generation_config, ids.shape[1])
+        options = count_new_tokens(options, default, ids.shape[1])
         # With ids beside the embeddings, stock generation reads the embeddings once and goes on
         # from the ids: they lead the output, reach the streamer and the logits processors.
-        return self.stock_generate(None, *args, input_ids=ids, **prefill, **options)
+        return self.stock_generate(input_ids=ids, **prefill, **options)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on the selected tokens; logits are those of the shorter prompt."""
-        if args:
-            names = inspect.signature(self.stock_forward).parameters
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        kwargs = _by_name(self.stock_forward, args, kwargs)
         if not self._selects(kwargs):
             return self.stock_forward(**kwargs)
         if kwargs.get("labels") is not None:
@@ -180,6 +189,21 @@ class Applied:
         return self.engine.prefill(parts, left), options, [positions for _, positions in parts]
 
 
+def check_decoding(options: Mapping[str, Any], default: Any) -> None:
+    """Raise `OptionError` for a way of decoding that reads the prompt again from its ids.
+
+    The ids show every visual token; what was selected is only in the embeddings.
+    """
+    config = options.get("generation_config")
+    for name in _REREADING:
+        values = (options.get(name), getattr(config, name, None), getattr(default, name, None))
+        if any(value is not None for value in values):
+            raise OptionError(
+                f"{name} cannot be used while a method is applied: it reads the prompt in another "
+                "way than from the selected tokens. Leave it out, or call flexselect.remove(model)."
+            )
+
+
 def count_new_tokens(options: dict[str, Any], default: Any, prompt_length: int) -> dict[str, Any]:
     """Restate limits that count the caller's prompt as limits on the new tokens alone.
 
@@ -210,6 +234,13 @@ def count_new_tokens(options: dict[str, Any], default: Any, prompt_length: int) 
     config = copy.deepcopy(config)
     config.update(**values, **dict.fromkeys(gone))
     return {**options, "generation_config": config}
+
+
+def _by_name(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Name positional arguments after the parameters of ``function``."""
+    return {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}
 
 
 def _like(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from transformers.generation.streamers import BaseStreamer
 
 import flexselect
-from flexselect import FlexSelect, Full
+from flexselect import FlexSelect, Full, OptionError
 
 from .factories import Family, Image, Video, knobs, unpatched_positions
 
@@ -269,8 +269,11 @@ def test_ids_as_the_first_argument(family: Family, model: Any) -> None:
     ids = rest.pop("input_ids")
     assert torch.equal(model.generate(ids, **rest, max_new_tokens=4, do_sample=False), named)
     assert torch.equal(model.generate(inputs=ids, **rest, max_new_tokens=4, do_sample=False), named)
-    config = GenerationConfig(max_new_tokens=4, do_sample=False)
-    assert torch.equal(model.generate(ids, config, **rest), named)
+    for config in (
+        GenerationConfig(max_new_tokens=4, do_sample=False),
+        GenerationConfig(max_length=ids.shape[1] + 4, do_sample=False),
+    ):
+        assert torch.equal(model.generate(ids, config, **rest), named)
     with torch.no_grad():
         assert torch.equal(model(ids, **rest).logits, model(**inputs).logits)
 
@@ -352,6 +355,33 @@ def test_a_misspelt_option_is_still_refused(family: Family, model: Any) -> None:
     flexselect.apply(model, **knobs(24))
     with pytest.raises((ValueError, TypeError), match="max_new_token"):
         model.generate(**inputs, max_new_token=3)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        pytest.param(lambda _: {"prompt_lookup_num_tokens": 2}, id="prompt_lookup_num_tokens"),
+        pytest.param(lambda model: {"assistant_model": model}, id="assistant_model"),
+        pytest.param(lambda _: {"assistant_early_exit": 1}, id="assistant_early_exit"),
+        pytest.param(lambda _: {"prefill_chunk_size": 8}, id="prefill_chunk_size"),
+    ],
+)
+def test_decoding_that_rereads_the_prompt_is_refused(
+    family: Family, model: Any, option: Callable[[Any], dict[str, Any]]
+) -> None:
+    """Stock generation would read the ids of dropped tokens, without any features."""
+    inputs = family.inputs([Video(7), QUESTION])
+    options = {"max_new_tokens": 3, **option(model)}
+    [name] = option(model)
+    flexselect.apply(model, **knobs(24))
+    with pytest.raises(OptionError, match=f"{name} cannot be used"):
+        model.generate(**inputs, **options)
+    if name != "assistant_model":
+        with pytest.raises(OptionError, match=f"{name} cannot be used"):
+            model.generate(**inputs, generation_config=GenerationConfig(**options))
+        setattr(model.generation_config, name, options[name])
+        with pytest.raises(OptionError, match=f"{name} cannot be used"):
+            model.generate(**inputs, max_new_tokens=3)
 
 
 def test_context_manager(family: Family, model: Any) -> None:
