@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -16,7 +17,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .core.errors import FlexSelectError
+from . import __version__
+from .core.errors import FlexSelectError, OptionError
 
 app = typer.Typer(
     help="Answer questions about long videos from the visual tokens that matter.",
@@ -52,8 +54,18 @@ class MethodName(str, Enum):
     random = "random"
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"flexselect {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
@@ -93,7 +105,7 @@ def ask(
     max_pixels: Annotated[int | None, typer.Option(help="Most pixels of a picture.")] = None,
     backend: Annotated[str, typer.Option(help="Decoder: pyav, decord or torchcodec.")] = "pyav",
     frames_per_chunk: Annotated[
-        int | None, typer.Option(help="Most frames on the device while encoding.")
+        int | None, typer.Option(help="Most frames on the device while encoding.", min=1)
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     device: Annotated[
@@ -105,9 +117,12 @@ def ask(
     attn: Annotated[
         str | None, typer.Option(help="Attention kernel, e.g. sdpa or flash_attention_2.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
-    moments: Annotated[int, typer.Option(help="Most moments to name.")] = 5,
-    save: Annotated[Path | None, typer.Option(help="Also save the selection to this path.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
+    moments: Annotated[int, typer.Option(help="Most moments to name.", min=1)] = 5,
+    save: Annotated[
+        Path | None,
+        typer.Option(help="Also save the selection here, as .safetensors and .json."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress display.")] = False,
 ) -> None:
@@ -115,11 +130,13 @@ def ask(
     with _errors():
         from transformers.utils import logging as logging_of_transformers
 
+        from .core.budget import check_budget
         from .inference.apply import method_from
         from .inference.features import FRAMES_PER_CHUNK
         from .inference.methods import METHODS
+        from .inference.policy import check_sampling
         from .inference.registry import load_model, load_processor
-        from .inference.session import open_video
+        from .inference.session import check_question, open_video
         from .inference.video import probe
 
         knobs = {
@@ -133,7 +150,22 @@ def ask(
         }
         given = {name: value for name, value in knobs.items() if value is not None}
         chosen = method_from(METHODS[method.value], given)
-        probe(video)  # a wrong path should not cost the time it takes to load a model
+        # What is wrong whatever the model should not cost the time it takes to load one.
+        if budget is not None:
+            check_budget(budget)
+        sampling = check_sampling(
+            {
+                "fps": fps,
+                "frames": frames,
+                "max_frames": max_frames,
+                "min_pixels": min_pixels,
+                "max_pixels": max_pixels,
+            }
+        )
+        check_question(question)
+        if save is not None:
+            _check_writable(save)
+        probe(video)
         logging_of_transformers.disable_progress_bar()
         with _progress(quiet or as_json) as progress:
             progress("load", 0, 1)
@@ -148,15 +180,9 @@ def ask(
                 backend=backend,
                 frames_per_chunk=frames_per_chunk or FRAMES_PER_CHUNK,
                 progress=progress,
-                fps=fps,
-                frames=frames,
-                max_frames=max_frames,
-                min_pixels=min_pixels,
-                max_pixels=max_pixels,
+                **sampling,
             )
             answer = opened.ask(question, progress, max_new_tokens=max_new_tokens)
-        if save is not None:
-            answer.selection.save(save)
         report = {
             "answer": answer.text,
             "cut": answer.cut,
@@ -167,10 +193,12 @@ def ask(
             "moments": [vars(moment) for moment in answer.selection.moments(moments)],
             "decided_by": answer.selection.settings,
         }
-    if as_json:
-        typer.echo(json.dumps(report, indent=1))
-    else:
-        _show(report)
+        if as_json:
+            typer.echo(json.dumps(report, indent=1))
+        else:
+            _show(report)
+        if save is not None:
+            _save(answer.selection, save)
 
 
 def main() -> None:
@@ -196,11 +224,31 @@ def _show(report: dict[str, Any]) -> None:
             f"({moment['kept']} tokens, relevance {moment['score']:.2g})",
         )
     if not report["moments"]:
-        table.add_row("read from", "the whole video: nothing was ranked")
+        all_of_it = "the whole video: nothing was dropped"
+        table.add_row("read from", all_of_it if before == after else "tokens that were not ranked")
     method = report["decided_by"]
     table.add_row("method", f"{method['method']}, preset {method['preset']}, {method['model']}")
     out.print()
     out.print(table)
+
+
+def _check_writable(path: Path) -> None:
+    """Raise `OptionError` where nothing can be saved to ``path``."""
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not path.name or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OptionError(
+            f"--save {path}: cannot write to {folder}. Name a file in a folder that can be "
+            "written to, such as out/selection."
+        )
+
+
+def _save(selection: Any, path: Path) -> None:
+    try:
+        selection.save(path)
+    except OSError as error:
+        raise FlexSelectError(f"--save {path}: the selection was not saved ({error}).") from error
 
 
 def _stamp(seconds: float) -> str:

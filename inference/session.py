@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,15 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from ..core.architecture import Pixels
-from ..core.errors import OptionError, PromptError
+from ..core.errors import OptionError, PromptError, VideoError
 from ..core.layout import Clip
 from ..core.selection import Moment, Selection
 from .apply import count_new_tokens, is_applied
 from .engine import Engine
 from .features import FRAMES_PER_CHUNK, Encoded, Features, Progress, encode
 from .methods import FlexSelect, Method
+from .policy import resolve_sampling
 from .video import DecodeReport, FrameStream, probe, read_frames, sample_fps, sample_uniform
-
-_SAMPLING = ("fps", "frames", "min_frames", "max_frames", "min_pixels", "max_pixels")
 
 #: Answers are short unless asked otherwise.
 MAX_NEW_TOKENS = 256
@@ -39,12 +39,13 @@ class Answer:
     ids : int64 ``(tokens,)``, the generated token ids.
     selection : which visual tokens it was read from, and their relevance.
     seconds : time by stage of this question: rank, gather, prefill (to the first token), answer.
+        With beam search, prefill is part of answer.
     cut : whether it stopped at ``max_new_tokens`` instead of by itself.
     """
 
     text: str
-    ids: Tensor
-    selection: Selection
+    ids: Tensor = field(repr=False)
+    selection: Selection = field(repr=False)
     seconds: dict[str, float]
     cut: bool
 
@@ -72,11 +73,11 @@ class Video:
     seconds : time by stage of opening it: decode, encode.
     """
 
-    engine: Engine
-    processor: Any
+    engine: Engine = field(repr=False)
+    processor: Any = field(repr=False)
     clip: Clip
-    features: Features
-    times: Tensor
+    features: Features = field(repr=False)
+    times: Tensor = field(repr=False)
     report: DecodeReport
     record: dict[str, Any]
     seconds: dict[str, float]
@@ -88,7 +89,15 @@ class Video:
         ----------
         question : in words.
         progress : called with a stage, what is done, and the total.
-        generation : options of ``generate``; greedy unless sampling is asked for.
+        generation : options of ``generate``; greedy and at most `MAX_NEW_TOKENS` long unless they
+            say otherwise.
+
+        Raises
+        ------
+        PromptError
+            The question is empty.
+        OptionError
+            An option of ``generation`` is out of range.
         """
         return Chat(self).ask(question, progress, **generation)
 
@@ -118,7 +127,8 @@ class Chat:
 
     Attributes
     ----------
-    messages : the conversation so far, in the chat template's form.
+    messages : the conversation so far, in the chat template's form. A system message may be put
+        here before the first question.
     """
 
     def __init__(self, video: Video) -> None:
@@ -128,10 +138,9 @@ class Chat:
     @torch.no_grad()
     def ask(self, question: str, progress: Progress | None = None, **generation: Any) -> Answer:
         """Ask the next question; parameters as in `Video.ask`."""
-        if not question.strip():
-            raise PromptError("Nothing is asked: the question is empty.")
+        check_question(question)
         content: list[dict[str, str]] = [{"type": "text", "text": question}]
-        if not self.messages:
+        if not self._shows_video():
             content.insert(0, {"type": "video"})
         messages = [*self.messages, {"role": "user", "content": content}]
         video, clock = self.video, Clock(self.video.engine.model.device)
@@ -139,7 +148,7 @@ class Chat:
         with clock("rank"):
             selection = video.engine.select(encoded, progress)
         assert selection is not None
-        selection.settings.update(video.record)
+        selection.settings.update(video.record, question=question)
         with clock("gather"):
             prefill = video.engine.prefill([video.engine.gather(encoded, selection)])
         ids, cut = self._generate(encoded.prompt.layout.ids, prefill, clock, progress, generation)
@@ -149,9 +158,14 @@ class Chat:
         self.messages = [*messages, reply]
         return Answer(text, ids, selection, clock.seconds, cut)
 
+    def _shows_video(self) -> bool:
+        contents = [message["content"] for message in self.messages]
+        parts = [part for content in contents if not isinstance(content, str) for part in content]
+        return any(part["type"] == "video" for part in parts)
+
     def _length_so_far(self) -> int:
         """Tokens of the conversation before the newest turn, which do not ask."""
-        if not self.messages:
+        if not self._shows_video():
             return 0
         video = self.video
         text = video.processor.apply_chat_template(self.messages, tokenize=False)
@@ -174,16 +188,30 @@ class Chat:
                 # The checkpoint's sampling settings mean nothing to a greedy answer.
                 options = {"temperature": None, "top_p": None, "top_k": None, **options}
         options = count_new_tokens(options, model.generation_config, len(prompt_ids))
-        if options.get("num_beams", 1) == 1:
+        setting = partial(_setting, options, model.generation_config)
+        limit = setting("max_new_tokens")
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise OptionError(
+                f"max_new_tokens must be a whole number of at least 1, got {limit!r}."
+            )
+        several = setting("num_return_sequences") or 1
+        if several > 1:
+            raise OptionError(
+                f"ask gives one answer, but num_return_sequences is {several}. Ask several times "
+                "instead."
+            )
+        streamed = (setting("num_beams") or 1) == 1
+        if streamed:
             options["streamer"] = Tee(clock, progress, options.get("streamer"))
-        clock.start("prefill")
+        clock.start("prefill" if streamed else "answer")
         out = generate(input_ids=prompt_ids[None].to(model.device), **prefill, **options)
         clock.stop()
         sequences = out if isinstance(out, Tensor) else out.sequences
         ids = sequences[0, len(prompt_ids) :].cpu()
-        stops = model.generation_config.eos_token_id
-        stops = stops if isinstance(stops, list) else [stops]
-        return ids, len(ids) == 0 or int(ids[-1]) not in stops
+        stops = setting("eos_token_id")
+        stops = torch.tensor([] if stops is None else stops).flatten()
+        full = limit is None or len(ids) >= limit
+        return ids, full and not bool(torch.isin(ids[-1:], stops).any())
 
 
 def open_video(
@@ -219,18 +247,30 @@ def open_video(
     VideoError
         The file is missing, is no video, or is too short.
     OptionError
-        An option is unknown or out of range.
+        An option is unknown or out of range, or ``processor`` is none.
     """
+    _check_processor(processor)
+    if (
+        isinstance(frames_per_chunk, bool)
+        or not isinstance(frames_per_chunk, int)
+        or frames_per_chunk < 1
+    ):
+        raise OptionError(
+            f"frames_per_chunk must be a whole number of at least 1, got {frames_per_chunk!r}."
+        )
     if method is None:
         engine = model.flexselect.engine if is_applied(model) else Engine(model, FlexSelect())
     else:
         engine = Engine(model, method)
     architecture = engine.architecture
-    policy = _sampling(engine, sampling)
+    policy = resolve_sampling(architecture, engine.preset, sampling)
     clock = Clock(model.device)
     clock.start("decode")
     info = probe(path)
-    indices = architecture.sample(info.num_frames, info.fps, policy)
+    try:
+        indices = architecture.sample(info.num_frames, info.fps, policy)
+    except VideoError as error:
+        raise VideoError(f"{path}: {error}") from None
     if indices is None:
         chosen = (
             sample_uniform(info, policy["frames"])
@@ -257,7 +297,8 @@ def open_video(
             clips.append(pixels.clip)
             stamps.append(times[::group])
             if progress is not None:
-                progress("decode", sum(map(len, stamps)) * group, len(chosen))
+                done = min(sum(map(len, stamps)) * group, len(chosen))
+                progress("decode", done, len(chosen))
             # Between one chunk asked for and the next, the time is the tower's.
             clock.start("encode")
             yield pixels
@@ -281,6 +322,15 @@ def open_video(
     return Video(
         engine, processor, clip, features, torch.cat(stamps), stream.report, record, clock.seconds
     )
+
+
+def check_question(question: object) -> str:
+    """Return ``question``, or raise `PromptError` where it asks nothing."""
+    if not isinstance(question, str):
+        raise PromptError(f"The question must be text, got {question!r}.")
+    if not question.strip():
+        raise PromptError("Nothing is asked: the question is empty.")
+    return question
 
 
 class Clock:
@@ -344,25 +394,25 @@ class Tee(BaseStreamer):
             self._streamer.end()
 
 
-def _sampling(engine: Engine, given: dict[str, Any]) -> dict[str, Any]:
-    """Combine the caller's sampling with the preset's, or raise `OptionError`."""
-    unknown = sorted(set(given) - set(_SAMPLING))
-    if unknown:
-        raise OptionError(f"Unknown options {unknown}; sampling has {list(_SAMPLING)}.")
-    chosen = {name: value for name, value in given.items() if value is not None}
-    for name, value in chosen.items():
-        whole = name != "fps"
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-            raise OptionError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}.")
-        if value <= 0:
-            raise OptionError(f"{name} must be positive, got {value}.")
-    if "fps" in chosen and "frames" in chosen:
-        raise OptionError("Give either fps or frames, not both.")
-    preset = dict(engine.preset.video)
-    for rate, count in (("fps", "frames"), ("frames", "fps")):
-        if rate in chosen:
-            preset.pop(count, None)
-    return {**preset, **chosen}
+def _check_processor(processor: Any) -> None:
+    """Raise `OptionError` unless ``processor`` can write a prompt with a video."""
+    if not (hasattr(processor, "tokenizer") and hasattr(processor, "apply_chat_template")):
+        raise OptionError(
+            f"processor must be the model's processor, got {type(processor).__name__}. Take the "
+            "one of flexselect.load_processor."
+        )
+    if not getattr(processor, "chat_template", None):
+        raise OptionError(
+            "The processor has no chat template, so no question can be written for the model. Set "
+            "processor.chat_template, or add the checkpoint's chat_template.jinja to its folder."
+        )
+
+
+def _setting(options: Mapping[str, Any], default: Any, name: str) -> Any:
+    """Return what ``generate`` takes for ``name``, from an option or a generation config."""
+    given = options.get("generation_config")
+    values = (options.get(name), getattr(given, name, None), getattr(default, name, None))
+    return next((value for value in values if value is not None), None)
 
 
 def _grouped(stream: FrameStream, size: int) -> Iterator[tuple[Tensor, Tensor]]:
