@@ -1,135 +1,42 @@
-"""What each family's golden data looks like, and how a case of it becomes the model's inputs.
-
-A case is a folder with ``meta.json``, ``inputs.safetensors``, ``expected.safetensors``, ``model/``
-and the folders of its Lite selectors. Everything is taken from these files; names of folders mean
-nothing.
-"""
+"""How the golden data of each family becomes inputs of its model, and where the reference errs."""
 
 from __future__ import annotations
 
-import json
-import re
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+import flexselect
 from flexselect.core.architecture import Request
+from flexselect.core.layout import Prompt
 from flexselect.inference.features import Encoded
-
-
-class FixtureError(Exception):
-    """A folder cannot be checked: something is missing, damaged, or of an unknown format."""
-
-
-class OtherData(Exception):
-    """A folder of the golden data that holds no case."""
+from flexselect.scripts.fixture_case import Case, FixtureError, Run
 
 
 @dataclass(frozen=True)
-class Run:
-    """One answer of the reference: who ranked, and how relevance was aggregated."""
-
-    mode: str
-    aggregation: str
-
-    @property
-    def name(self) -> str:
-        """Prefix of its tensors in expected.safetensors."""
-        return f"{self.mode}.{self.aggregation}"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One folder of golden data.
+class Departure:
+    """Where a run of the reference is wrong and we are not, and what is compared all the same.
 
     Attributes
     ----------
-    folder : where it lies.
-    meta : its meta.json.
-    inputs, expected : its tensors.
-    taken : names of the tensors that were asked for with `given` and `expect`.
+    reasons : what is wrong, with its place in the golden data's README.
+    rows : int64, the tokens of the prompt the reference went on with, where they are not those we
+        select: the model is given these.
+    sets : sets whose scores, and so whose selected tokens, cannot be compared.
+    answer : whether what the model writes can be compared.
     """
 
-    folder: Path
-    meta: dict[str, Any]
-    inputs: dict[str, Tensor]
-    expected: dict[str, Tensor]
-    taken: set[str] = field(default_factory=set)
-
-    @property
-    def family(self) -> Family:
-        """How cases of its family are read."""
-        return FAMILIES[self.meta["arch"]]
-
-    @property
-    def runs(self) -> list[Run]:
-        """Every run with tensors, in the order of their names."""
-        found = [re.fullmatch(r"(\w+)\.(\w+)\.selected", key) for key in sorted(self.expected)]
-        return [Run(*match.groups()) for match in found if match]
-
-    def facts(self, run: Run) -> dict[str, Any]:
-        """Return what meta.json says of a run."""
-        return self.meta.get("runs", {}).get(run.name, {})
-
-    def number(self, name: str) -> int:
-        """Return a whole number of meta.json."""
-        value = self.meta.get(name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise FixtureError(f"meta.json: {name} must be a whole number, got {value!r}")
-        return value
-
-    def given(self, key: str) -> Tensor:
-        """Return a tensor of inputs.safetensors."""
-        return self._take("inputs", key)
-
-    def expect(self, key: str) -> Tensor:
-        """Return a tensor of expected.safetensors."""
-        return self._take("expected", key)
-
-    def untaken(self) -> list[str]:
-        """Name the tensors that nobody asked for."""
-        stored = [f"inputs:{key}" for key in self.inputs]
-        stored += [f"expected:{key}" for key in self.expected]
-        return [name for name in stored if name not in self.taken]
-
-    def selector_folder(self, mode: str) -> Path | None:
-        """Return the folder of the Lite selector that ranks in ``mode``; None for the model."""
-        if mode == "self":
-            return None
-        patterns = self.meta.get("selector_dirs", {"lite": "selector"})
-        for pattern, name in patterns.items():
-            if fnmatchcase(mode, pattern):
-                if not (self.folder / name).is_dir():
-                    raise FixtureError(f"{name}/ is missing")
-                return self.folder / name
-        raise FixtureError(f"meta.json: selector_dirs has no folder for mode {mode!r}")
-
-    def _take(self, file: str, key: str) -> Tensor:
-        stored: dict[str, Tensor] = getattr(self, file)
-        if key not in stored:
-            raise FixtureError(f"{file}.safetensors has no tensor {key}")
-        self.taken.add(f"{file}:{key}")
-        return stored[key]
+    reasons: tuple[str, ...] = ()
+    rows: Tensor | None = None
+    sets: frozenset[int] = frozenset()
+    answer: bool = True
 
 
-def read_case(folder: Path) -> Case:
-    """Read a folder of golden data, or raise `FixtureError`."""
-    meta = _read_meta(folder)
-    case = Case(folder, meta, _read(folder, "inputs"), _read(folder, "expected"))
-    if not (folder / "model").is_dir():
-        raise FixtureError("model/ is missing")
-    if not case.runs:
-        raise FixtureError("expected.safetensors has no run, that is no <mode>.<how>.selected")
-    missing = set(meta.get("runs", {})) - {run.name for run in case.runs}
-    if missing:
-        raise FixtureError(f"meta.json lists runs without tensors: {', '.join(sorted(missing))}")
-    return case
+#: The reference is right.
+RIGHT = Departure()
 
 
 class Family:
@@ -137,6 +44,14 @@ class Family:
 
     #: Why the model cannot be asked without a method for the reference's baseline, if so.
     no_stock_baseline: str | None = None
+
+    def load_model(self, case: Case) -> Any:
+        """Load the model as a user would."""
+        return flexselect.load_model(case.folder / "model", dtype="float32", device="cpu")
+
+    def selector(self, case: Case, run: Run, model: Any) -> Any:
+        """Return who ranks: a folder or a loaded Lite selector, or None for the model itself."""
+        return case.selector_folder(run.mode)
 
     def model_inputs(self, case: Case, model: Any) -> dict[str, Tensor]:
         """Return what the family's processor would have made."""
@@ -146,9 +61,108 @@ class Family:
         """Return our counterparts of the vision tensors in inputs.safetensors."""
         raise NotImplementedError
 
-    def known_errors(self, case: Case) -> list[str]:
-        """Say where the reference is wrong in this case and we deliberately differ."""
-        return []
+    def departure(self, case: Case, run: Run, ranker: Any) -> Departure:
+        """Say where the reference is wrong in a run; ``ranker`` is the text model that scores."""
+        return RIGHT
+
+
+class InternVLFixtures(Family):
+    """Ids come expanded, ``<img>``, placeholders, ``</img>`` a frame, with ids of their own."""
+
+    def load_model(self, case: Case) -> Any:
+        """Load the model with the placeholder of meta.json; its tiny vocabulary lacks the real."""
+        from flexselect.internvl.convert import load_original
+
+        return load_original(
+            case.folder / "model",
+            dtype=torch.float32,
+            image_token_id=case.number("img_context_id"),
+        )
+
+    def selector(self, case: Case, run: Run, model: Any) -> Any:
+        """Load the selector, with the stored prompt where it has tokens of its own."""
+        folder = case.selector_folder(run.mode)
+        if folder is None:
+            return None
+        architecture = flexselect.architecture_of(model)
+        selector = architecture.load_selector(str(folder))
+        if selector.config.own_tokens:
+            ids = case.given("selector_input_ids_qwen2")
+            context = ids == case.meta["qwen2_selector_ids"]["<IMG_CONTEXT>"]
+            placed = torch.where(context, case.number("img_context_id"), 0)
+
+            def translate(prompt: Prompt) -> Prompt:
+                translated = architecture.layout(placed, prompt.videos, prompt.images)
+                return replace(translated, layout=replace(translated.layout, ids=ids))
+
+            selector.translate = translate
+        if self._sees_ahead(run):
+            for layer in selector.language_model.layers:
+                layer.self_attn.is_causal = False
+        return selector
+
+    def model_inputs(self, case: Case, model: Any) -> dict[str, Tensor]:
+        """Return the tensors as stored."""
+        inputs = {name: case.given(name) for name in ("input_ids", "pixel_values")}
+        return {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+
+    @torch.no_grad()
+    def vision_features(self, model: Any, request: Request, encoded: Encoded) -> dict[str, Tensor]:
+        """Return what the projector reads: the shuffled features."""
+        seen: list[Tensor] = []
+        projector = model.model.multi_modal_projector
+        handle = projector.register_forward_pre_hook(lambda _, states: seen.append(states[0]))
+        try:
+            flexselect.architecture_of(model).encode(request.pixels[0], None)
+        finally:
+            handle.remove()
+        return {"vision_features": seen[0]}
+
+    def departure(self, case: Case, run: Run, ranker: Any) -> Departure:
+        """Name the shifted gather, the attention that sees ahead, and the rope that remembers."""
+        selected = case.expect(f"{run.name}.selected")
+        prefix, total = case.number("prefix_len"), case.number("total_vision_tokens")
+        tokens = case.given("input_ids").shape[1]
+        shift = case.facts(run).get("offset_selector_minus_teacher", 0)
+        start = prefix + shift
+        rows = torch.cat(
+            (torch.arange(start), start + selected, torch.arange(start + total, tokens))
+        )
+        reasons = []
+        if shift:
+            reasons.append(
+                f"the reference cut the frames {shift:+d} tokens off, at their place in the "
+                "selector's prompt (I3); scores and selected tokens are compared as they are, and "
+                "what the model reads and writes when given the same wrong rows"
+            )
+        if self._sees_ahead(run):
+            reasons.append(
+                "the reference's selector attends to later tokens too (I7), ours never does; "
+                "compared with its causal mask taken away"
+            )
+        text = len(case.given("selector_input_ids_qwen2")) if run.mode == "lite_qwen2" else tokens
+        lengths = [text - total + len(mask) for mask in case.masks(run)]
+        remembered = _remembered(ranker.config, lengths)
+        if remembered:
+            reasons.append(
+                "the reference's rope keeps the stretch of the longest sequence it has read (I5), "
+                f"ours starts anew; sets {sorted(remembered)}, shorter than one before, are not "
+                "compared, and the model is given the rows the reference selected"
+            )
+        # Ranking for itself, the model then reads its prompt with what its lower layers remember.
+        unlike = run.mode == "self" and bool(
+            _remembered(ranker.config, [*lengths, len(rows)]) - remembered
+        )
+        if unlike:
+            reasons.append(
+                "the rope remembers a set longer than the prompt that is answered (I5); what the "
+                "model writes is not compared"
+            )
+        mistaken = rows if shift or remembered else None
+        return Departure(tuple(reasons), mistaken, frozenset(remembered), not unlike)
+
+    def _sees_ahead(self, run: Run) -> bool:
+        return run.mode.endswith("_eager")
 
 
 class LlavaVideoFixtures(Family):
@@ -201,50 +215,45 @@ class QwenFixtures(Family):
             found["vision_features_selector"] = encoded.features.selector
         return found
 
-    def known_errors(self, case: Case) -> list[str]:
+    def departure(self, case: Case, run: Run, ranker: Any) -> Departure:
         """Name the grid that the reference overwrote in the caller's tensor."""
-        left = [case.facts(run).get("video_grid_thw_generate_kwarg_after") for run in case.runs]
         given = case.given("video_grid_thw").tolist()
-        changed = sorted({str(grid) for grid in left if grid is not None and grid != given})
-        if not changed:
-            return []
-        return [
-            f"the reference overwrote the caller's video_grid_thw {given} with "
-            f"{', '.join(changed)}; here it stays (compared as caller_inputs)"
-        ]
+        left = case.facts(run).get("video_grid_thw_generate_kwarg_after", given)
+        if left == given:
+            return RIGHT
+        return Departure(
+            (
+                f"the reference overwrote the caller's video_grid_thw {given} with {left}; here it "
+                "stays (compared as caller_inputs)",
+            )
+        )
 
 
 #: ``arch`` of a meta.json: how its cases are read.
 FAMILIES: dict[str, Family] = {
+    "internvl2_5": InternVLFixtures(),
     "llava_video": LlavaVideoFixtures(),
     "qwen2_5_vl": QwenFixtures(),
 }
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FixtureError(f"meta.json cannot be read: {error}") from error
-    except ValueError as error:
-        raise FixtureError(f"meta.json is not JSON: {error}") from error
-    if (folder / "spearman.safetensors").is_file():
-        raise OtherData(
-            "values of the training loss, no case of a model; tests/core/test_spearman.py compares "
-            "them"
-        )
-    if not isinstance(meta, dict) or "arch" not in meta:
-        raise FixtureError("meta.json describes no case: it has no arch")
-    if meta["arch"] not in FAMILIES:
+def family_of(case: Case) -> Family:
+    """Return how a case is read, or raise `FixtureError` for an unknown family."""
+    arch = case.meta["arch"]
+    if arch not in FAMILIES:
         raise FixtureError(
-            f"meta.json: arch is {meta['arch']!r}; known are {', '.join(map(repr, FAMILIES))}"
+            f"meta.json: arch is {arch!r}; known are {', '.join(map(repr, FAMILIES))}"
         )
-    return meta
+    return FAMILIES[arch]
 
 
-def _read(folder: Path, name: str) -> dict[str, Tensor]:
-    path = folder / f"{name}.safetensors"
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise FixtureError(f"{path.name} cannot be read: {error}") from error
+def _remembered(config: Any, lengths: Sequence[int]) -> set[int]:
+    """Return which sequences a dynamic rope stretches more than their length asks for."""
+    if config.rope_parameters.get("rope_type") != "dynamic":
+        return set()
+    found, longest = set(), config.max_position_embeddings
+    for number, length in enumerate(lengths):
+        if length < longest and longest > config.max_position_embeddings:
+            found.add(number)
+        longest = max(longest, length)
+    return found

@@ -63,8 +63,8 @@ class Report:
     error : why it was not checked, or skipped.
     quantities : by name, how far off each is.
     mismatches : one line a tensor that differs.
-    known : where the reference is wrong and we deliberately differ.
-    skipped : reason, and what was not compared for it.
+    known : where the reference is wrong and we deliberately differ, and in which runs.
+    skipped : why something was not compared, and what.
     """
 
     folder: str
@@ -73,7 +73,7 @@ class Report:
     error: str | None = None
     quantities: dict[str, Quantity] = field(default_factory=dict)
     mismatches: list[str] = field(default_factory=list)
-    known: list[str] = field(default_factory=list)
+    known: dict[str, list[str]] = field(default_factory=dict)
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
     def compare(self, quantity: str, where: str, ours: Any, theirs: Any) -> None:
@@ -155,6 +155,7 @@ def describe(report: Report) -> str:
         verdict = "ok" if entry.ok else "DIFFERS"
         lines.append(f"  {verdict:8} {name:25} {worst:>10}  {allowed}, {entry.compared} compared")
     lines += [f"  DIFFERS  {line}" for line in report.mismatches]
-    lines += [f"  known    {line}" for line in report.known]
-    lines += [f"  skipped  {', '.join(what)}: {why}" for why, what in report.skipped.items()]
+    for word, noted in (("known", report.known), ("skipped", report.skipped)):
+        for reason, where in noted.items():
+            lines.append(f"  {word:8} {', '.join(dict.fromkeys(where))}: {reason}")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flexselect.qwen2_5_vl.architecture import Qwen2_5_VL
-from flexselect.scripts import check_fixture
+from flexselect.scripts import check_fixture, fixture_families
 from flexselect.scripts.fixture_families import FAMILIES
 from flexselect.tests.paths import FIXTURES, ROOT, needs_fixtures
 
@@ -257,9 +258,11 @@ def test_what_is_no_difference_of_numbers_is_found(
 
 @needs_fixtures
 def test_a_set_too_many_is_found(case: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    number = json.loads((case / "meta.json").read_text())["num_sets"]
+
     def add(tensors: dict[str, Tensor]) -> None:
         for name in ("scores", "mask", "frame_indices"):
-            tensors[f"{SELF}.set99.{name}"] = tensors[f"{SELF}.set0.{name}"].clone()
+            tensors[f"{SELF}.set{number}.{name}"] = tensors[f"{SELF}.set0.{name}"].clone()
 
     edit(case, "expected", add)
     code, found = run(capsys, case)
@@ -307,7 +310,8 @@ def test_a_program_that_writes_to_the_callers_tensors_is_found(
 def test_a_tensor_nobody_compares_is_named(case: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit(case, "expected", lambda tensors: tensors.update({"self.unheard_of": torch.ones(1)}))
     assert check_fixture.main([str(case)]) == 0
-    assert "  skipped  expected:self.unheard_of: no quantity" in capsys.readouterr().out
+    line = "  skipped  expected.safetensors self.unheard_of: no quantity of this name is known\n"
+    assert line in capsys.readouterr().out
 
 
 @needs_fixtures
@@ -338,6 +342,101 @@ def test_scores_are_compared_where_the_budget_just_holds_everything(
     code, found = run(capsys, case)
     assert code == 1
     assert [line.split(":")[0] for line in found["cases"][0]["mismatches"]] == ["scores"]
+
+
+def internvl_case(tmp_path: Path, suits: Callable[[dict[str, Any]], bool]) -> Path:
+    """A copy of the first InternVL case whose meta.json suits."""
+    source = next(
+        folder
+        for folder in cases("internvl2_5")
+        if suits(json.loads((folder / "meta.json").read_text()))
+    )
+    return shutil.copytree(source, tmp_path / "case")
+
+
+def has_shift(meta: dict[str, Any]) -> bool:
+    return any(facts["offset_selector_minus_teacher"] for facts in meta["runs"].values())
+
+
+def has_memory(meta: dict[str, Any]) -> bool:
+    return meta["max_position_embeddings"] < meta["total_vision_tokens"] and meta["num_sets"] > 1
+
+
+@needs_fixtures
+def test_the_shifted_gather_is_compared_as_shifted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = internvl_case(tmp_path, has_shift)
+    code, found = run(capsys, case)
+    assert code == 0
+    (shifted,) = [
+        runs for reason, runs in found["cases"][0]["known"].items() if "cut the frames" in reason
+    ]
+    meta = json.loads((case / "meta.json").read_text())
+    assert set(shifted) == {
+        name for name, facts in meta["runs"].items() if facts["offset_selector_minus_teacher"]
+    }
+
+    for name in shifted:
+        meta["runs"][name]["offset_selector_minus_teacher"] = 0
+    edit_meta(case, **meta)
+    code, found = run(capsys, case)
+    (report,) = found["cases"]
+    assert code == 1
+    wrong = {name for name, entry in report["quantities"].items() if not entry["ok"]}
+    assert {"inputs_embeds", "logits"} <= wrong
+    assert not wrong & {"scores", "selected", "mask", "selector_inputs_embeds", "position_ids"}
+    assert {line.split(": ")[1].rpartition(".")[0] for line in report["mismatches"]} == set(shifted)
+
+
+@needs_fixtures
+def test_what_the_rope_does_not_remember_is_still_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = internvl_case(tmp_path, has_memory)
+    last = json.loads((case / "meta.json").read_text())["num_sets"] - 1
+    perturb(case, "expected", f"{SELF}.set{last}.scores", 4e-5)
+    code, found = run(capsys, case)
+    (report,) = found["cases"]
+    assert code == 0
+    assert f"{SELF}.set{last}.scores" in report["skipped"]["see what is known of this run"]
+    assert report["quantities"]["scores"]["compared"] >= last
+
+    for key in ("set0.scores", "inputs_embeds", "logits"):
+        perturb(case, "expected", f"{SELF}.{key}", 2e-4)
+    code, found = run(capsys, case)
+    assert code == 1
+    assert [line.split(": ")[1] for line in sorted(found["cases"][0]["mismatches"])] == [
+        f"{SELF}.inputs_embeds",
+        f"{SELF}.logits",
+        f"{SELF}.set0.scores",
+    ]
+
+    monkeypatch.setattr(fixture_families, "_remembered", lambda config, lengths: set())
+    code, found = run(capsys, case)
+    assert any(f"{SELF}.set{last}.scores" in line for line in found["cases"][0]["mismatches"])
+
+
+@needs_fixtures
+def test_attention_that_sees_ahead_is_what_makes_the_eager_runs_agree(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = internvl_case(tmp_path, lambda meta: meta["num_sets"] > 1 and not has_memory(meta))
+    monkeypatch.setattr(fixture_families.InternVLFixtures, "_sees_ahead", lambda self, run: False)
+    code, found = run(capsys, case)
+    assert code == 1
+    lines = found["cases"][0]["mismatches"]
+    assert all(line.split(": ")[1].startswith("lite_internlm2_eager.") for line in lines)
+    assert any(line.startswith("scores: ") for line in lines)
+
+
+def test_a_rope_remembers_only_what_is_longer_than_it_was_trained_for() -> None:
+    dynamic = SimpleNamespace(rope_parameters={"rope_type": "dynamic"}, max_position_embeddings=48)
+    assert fixture_families._remembered(dynamic, [66, 66, 60, 69, 50]) == {2, 4}
+    assert fixture_families._remembered(dynamic, [48, 40, 30]) == set()
+    assert fixture_families._remembered(dynamic, [49, 30]) == {1}
+    plain = SimpleNamespace(rope_parameters={"rope_type": "default"}, max_position_embeddings=48)
+    assert fixture_families._remembered(plain, [66, 60]) == set()
 
 
 def truncate(file: Path) -> None:
@@ -394,7 +493,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda case: drop(case, f"{SELF}.logits"),
         f"expected.safetensors has no tensor {SELF}.logits",
     ),
-    "scores": (lambda case: drop(case, f"{SELF}.set"), f"has no scores of {SELF}"),
+    "sets": (lambda case: drop(case, f"{SELF}.set"), f"has no sets of {SELF}"),
+    "a set between": (lambda case: drop(case, f"{SELF}.set1."), "has only the sets [0, "),
 }
 
 
