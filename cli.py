@@ -1,4 +1,4 @@
-"""The ``flexselect`` command: ask a video, list what is supported."""
+"""The ``flexselect`` command: ask a video, list what is supported, convert checkpoints."""
 
 from __future__ import annotations
 
@@ -199,6 +199,71 @@ def ask(
             _show(report)
         if save is not None:
             _save(answer.selection, save)
+
+
+@app.command()
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List the families, the checkpoints they load, and the presets."""
+    from .inference.presets import FOLDER, load_presets
+    from .inference.registry import CHECKPOINTS, FAMILIES
+
+    rows = [
+        {
+            "family": family,
+            "model": name,
+            "model_types": [kind for kind, loaded in CHECKPOINTS.items() if loaded == name],
+            "presets": [
+                {"name": p.name, "match": p.match, **p.method, "video": p.video, "source": p.source}
+                for p in load_presets(FOLDER)
+                if p.family == family
+            ],
+        }
+        for name, (family, _) in sorted(FAMILIES.items(), key=lambda item: item[1])
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        kinds = ", ".join(row["model_types"])
+        out.print(f"[bold]{row['family']}[/]  {row['model']}  [dim]model_type {kinds}[/]")
+        for preset in row["presets"]:
+            layer = preset.get("layer", f"{preset.get('layer_depth', 0):.0%} of depth")
+            sampling = ", ".join(f"{k} {v}" for k, v in preset["video"].items())
+            out.print(
+                f"  {preset['name']:<18} layer {layer}, budget {preset['budget']:,}, "
+                f"{preset['aggregation']}, {preset['positions']} positions, {sampling}",
+                highlight=False,
+            )
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Folder or hub id of an original checkpoint.", show_default=False)
+    ],
+    destination: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace DESTINATION if it exists.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress display.")] = False,
+) -> None:
+    """Write an original LLaVA-Video or InternVL checkpoint as one that transformers loads.
+
+    Nothing that looks finished appears before everything is written.
+    """
+    with _errors():
+        from .inference.registry import convert_model
+
+        with _progress(quiet) as progress:
+            made = convert_model(
+                source,
+                destination,
+                dtype=dtype,
+                overwrite=overwrite,
+                progress=lambda done, total: progress("convert", done, total),
+            )
+        out.print(f"{made}", markup=False, highlight=False)
 
 
 def main() -> None:

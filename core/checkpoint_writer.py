@@ -183,7 +183,7 @@ def _check_destination(destination: Path, source: Path, overwrite: bool) -> None
         return
     if not overwrite:
         raise CheckpointError(
-            f"{destination} exists. Name another folder, or ask for it to be overwritten."
+            f"{destination} exists. Name another folder, or overwrite it (overwrite=True, --overwrite)."
         )
     if not (destination / "config.json").is_file():
         raise CheckpointError(

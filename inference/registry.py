@@ -97,7 +97,7 @@ def convert_model(
     destination : folder to make; it appears only when it is whole.
     dtype : ``"auto"`` as stored, or a dtype or its name.
     overwrite : replace a destination that exists.
-    progress : called with (tensors done, tensors).
+    progress : called with (bytes done, bytes).
 
     Raises
     ------
