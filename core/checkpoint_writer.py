@@ -183,7 +183,8 @@ def _check_destination(destination: Path, source: Path, overwrite: bool) -> None
         return
     if not overwrite:
         raise CheckpointError(
-            f"{destination} exists. Name another folder, or overwrite it (overwrite=True, --overwrite)."
+            f"{destination} exists. Name another folder, or overwrite it (overwrite=True, or "
+            "--overwrite on the command line)."
         )
     if not (destination / "config.json").is_file():
         raise CheckpointError(
