@@ -66,6 +66,6 @@ def compact_positions(prompt: Prompt, rows: Tensor, tokens_per_second: float) ->
         frame[mine] = (shown.cumsum(0) - 1)[layout.frame[mine]]
         videos.append(replace(clip, frames=int(shown.sum())))
     view = in_view.nonzero()[:, 0]
-    visible = replace(layout, frame=frame).take(view)
+    visible = replace(layout.take(view), frame=frame[view])
     alone = replace(prompt, layout=visible, videos=tuple(videos))
     return whole_positions(alone, tokens_per_second)[:, keep[view]]

@@ -14,7 +14,7 @@ from flexselect import FlexSelect, Random, Selection, Uniform
 from flexselect.core.layout import NONE
 from flexselect.inference.engine import kept_rows
 
-from .factories import SECONDS_PER_PICTURE, Family, Image, Video, encoded, knobs
+from .factories import Family, Image, Video, encoded, knobs
 
 QUESTION = "What is it?"
 
@@ -127,6 +127,48 @@ def test_text_and_images_all_stay(family: Family, model: Any, select: Callable[.
     assert int(layout.visual[rows].sum()) == len(found.kept)
 
 
+@pytest.mark.parametrize("shown", [[0, 1], [3], [4, 6], [1, 2, 5], [6]])
+def test_compact_positions_are_those_of_a_video_of_the_kept_frames(
+    family: Family, model: Any, shown: list[int]
+) -> None:
+    """Also where the first frames, or the last, keep nothing."""
+    architecture = flexselect.architecture_of(model)
+    before, after = [Image(), "First,"], ["then,", Video(3, 2), QUESTION]
+    [request] = architecture.read(family.inputs([*before, Video(7, 1), *after]))
+    [shorter] = architecture.read(family.inputs([*before, Video(len(shown), 1), *after]))
+    layout = request.prompt.layout
+    frame, video = layout.frame[layout.visual], layout.video[layout.visual]
+    kept = (torch.isin(frame, torch.tensor(shown)) | (video == 1)).nonzero()[:, 0]
+    positions = architecture.compact_positions(request.prompt, kept_rows(request.prompt, kept))
+    assert torch.equal(positions, architecture.positions(shorter.prompt))
+    # With fewer tokens of the same frames the text moves no further away.
+    fewer = kept_rows(request.prompt, kept[::2])
+    partly = architecture.compact_positions(request.prompt, fewer)
+    assert partly.shape[-1] == len(fewer)
+    tail = len(QUESTION)
+    assert bool((partly[..., -tail:].diff() == 1).all())
+    assert bool((partly[..., -tail:] <= positions[..., -tail:]).all())
+
+
+@pytest.mark.parametrize("frame", [0, 3, 6])
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_one_kept_token_is_enough(
+    family: Family, model: Any, frame: int, positions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever frames a method drops, the first and the last included."""
+    inputs = family.inputs([Video(7), QUESTION])
+
+    def keep(self: Any, encoded: Any, *_: Any) -> Any:
+        layout = encoded.prompt.layout
+        return (layout.frame[layout.visual] == frame).nonzero()[:1, 0], None
+
+    monkeypatch.setattr(Random, "keep", keep)
+    flexselect.apply(model, Random(positions=positions))
+    assert [len(found.kept) for found in selections(model, inputs)] == [1]
+    out = model.generate(**inputs, max_new_tokens=2)
+    assert out.shape[1] == inputs["input_ids"].shape[1] + 2
+
+
 def test_random_is_seeded_and_a_prompts_own(family: Family, model: Any) -> None:
     rows = [Video(7, 1), QUESTION], [Video(7, 1), "Another?"], [Video(5, 2), QUESTION]
     flexselect.apply(model, Random(budget=24, seed=3))
@@ -188,7 +230,7 @@ def test_the_record_says_what_decided_and_survives_a_file(
         "torch": torch.__version__,
     }
     assert {name: found.settings.get(name) for name in expected} == expected
-    step = SECONDS_PER_PICTURE * family.pictures
+    step = family.seconds_per_frame
     torch.testing.assert_close(found.times[0], torch.arange(7).double() * step)
     found.save(tmp_path / "found")
     loaded = Selection.load(tmp_path / "found")
