@@ -7,11 +7,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import flexselect
 from flexselect.core.errors import CheckpointError, OptionError
 from flexselect.testbed import locate
-from flexselect.testbed.check import check_clips
+from flexselect.testbed.check import check_clips, family_inputs
 from flexselect.testbed.models import family_of
-from flexselect.testbed.questions import RETRIEVAL
+from flexselect.testbed.questions import RETRIEVAL, compose, split_seed
+from flexselect.testbed.videos import decode_video, draw_plot, encode_video
 
 COMMITTED = [name for name in locate.FAMILIES if (locate.FOLDER / name).is_dir()]
 
@@ -37,6 +39,32 @@ def test_a_committed_checkpoint_is_small_and_stands_by_its_record(name):
             # Four standard deviations of guessing.
             spread = (row["chance"] * (1 - row["chance"]) / row["asked"]) ** 0.5
             assert row["accuracy"] <= row["chance"] + 4 * spread
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_a_committed_checkpoint_generates_one_word_through_the_public_api(name):
+    folder = locate.checkpoint_folder(name)
+    model = flexselect.load_model(str(folder))
+    family = family_of(name)
+    right = 0
+    with flexselect.Full()(model):
+        for index in range(6):
+            plot = compose(split_seed("validation", 100 + index), 8, [RETRIEVAL[index % 3]])
+            pictures = decode_video(encode_video(draw_plot(plot)))
+            inputs = family_inputs(family, pictures, plot.questions[0].text)
+            del inputs["position_ids"]
+            out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+            said = out[0, inputs["input_ids"].shape[1] :]
+            text = family.tokenizer.decode(said, skip_special_tokens=True)
+            right += text == plot.questions[0].answer
+    assert right >= 5
+
+
+@pytest.mark.parametrize("folder", ["core", "inference", *locate.FAMILIES])
+def test_what_runs_real_models_does_not_know_of_the_testbed(folder):
+    files = [*(locate.FOLDER.parents[1] / folder).rglob("*.py")]
+    assert files
+    assert not [path for path in files if "testbed" in path.read_text()]
 
 
 @pytest.mark.parametrize("name", COMMITTED)
