@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .selection import top_tokens
+from .soft_rank import rank
 
 
 def recall_at_k(scores: Tensor, needle: Tensor, k: int) -> float:
@@ -33,28 +34,12 @@ def _hits(scores: Tensor, needle: Tensor, k: int) -> int:
     return int(needle[top_tokens(scores, min(k, len(scores)))].sum())
 
 
-def ranks(values: Tensor) -> Tensor:
-    """Rank values in ascending order from 0; equal values share the mean of their ranks.
-
-    Parameters
-    ----------
-    values : ``(n,)``.
-
-    Returns
-    -------
-    float64 ``(n,)``
-    """
-    _, group, count = values.unique(return_inverse=True, return_counts=True)
-    last = count.cumsum(0)
-    return ((last - count + last - 1).double() / 2)[group]
-
-
 def spearman_rho(first: Tensor, second: Tensor) -> float:
     """Spearman's rank correlation of two ``(n,)`` rankings; ties share their mean rank.
 
     Zero where either is constant, since it then ranks nothing.
     """
-    a, b = ranks(first), ranks(second)
+    a, b = rank(first.double()), rank(second.double())
     a, b = a - a.mean(), b - b.mean()
     norm = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)
     return float((a @ b) / norm) if norm > 0 else 0.0

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexselect.core.spearman import DEFAULT_TEMPERATURE, spearman_loss
+from flexselect.core.soft_rank import DEFAULT_TEMPERATURE
+from flexselect.core.spearman import spearman_loss
 
 INPUTS = ("softmax", "dense", "sparse")
 METHODS = ("plain", "ours")

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexselect.core.metrics import precision_at_k, ranks, recall_at_k, spearman_rho
+from flexselect.core.metrics import precision_at_k, recall_at_k, spearman_rho
+from flexselect.core.soft_rank import rank
 
 VALUES = st.lists(st.sampled_from([-2.0, 0.0, 0.5, 1.0, 7.0]), min_size=1, max_size=15)
 
@@ -21,7 +22,7 @@ def counted_ranks(values: list[float]) -> list[float]:
 
 @given(VALUES)
 def test_ranks(values: list[float]) -> None:
-    found = ranks(torch.tensor(values))
+    found = rank(torch.tensor(values, dtype=torch.float64))
     assert found.dtype == torch.float64
     assert found.tolist() == counted_ranks(values)
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flexselect.core.errors import OptionError
-from flexselect.core.spearman import rank, selector_loss, soft_rank, spearman_loss
+from flexselect.core.soft_rank import rank, soft_rank
+from flexselect.core.spearman import selector_loss, spearman_loss
 from flexselect.tests.paths import FIXTURES, needs_fixtures
 
 T = 1e-4
@@ -184,7 +185,7 @@ def test_any_block_size_gives_the_same(block: int, monkeypatch: pytest.MonkeyPat
     pred = random_scores(1200, "heavy", 1e-3, 25)
     target = random_scores(1200, "normal", 1.0, 26)
     expected = value_and_grad(pred, target)
-    monkeypatch.setattr("flexselect.core.spearman._BLOCK", block)
+    monkeypatch.setattr("flexselect.core.soft_rank._BLOCK", block)
     result = value_and_grad(pred, target)
     torch.testing.assert_close(result[0], expected[0], rtol=1e-13, atol=0)
     tolerance = 1e-13 * float(expected[1].abs().max())
