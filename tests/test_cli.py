@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 import torch
 import typer
-from click.testing import Result
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import flexselect
 from flexselect import Selection
@@ -169,7 +168,7 @@ def test_the_command_gives_what_the_library_gives(folder: Path) -> None:
     model = flexselect.load_model(folder / "model", device="cpu")
     processor = flexselect.load_processor(folder / "model")
     method = flexselect.FlexSelect(budget=32, layer=1, frames_per_set=2)
-    sizes = {"min_pixels": 768, "max_pixels": 1536}
+    sizes: Any = {"min_pixels": 768, "max_pixels": 1536}
     video = flexselect.open_video(model, processor, VIDEO, method=method, frames=10, **sizes)
     answer = video.ask(QUESTION, max_new_tokens=3)
     report = report_of(ask(folder, *SELECT, "--json"))
