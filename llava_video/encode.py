@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
+from transformers.models.llava_onevision.modeling_llava_onevision import (
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+    unpad_image,
+)
 
 from ..core.architecture import Pixels, Request, runs, strip_padding
+from ..core.decoder import device_of
 from ..core.errors import PromptError
 from ..core.layout import NONE, Clip, Layout, Prompt, query_mask
 from .modeling import frame_features
@@ -25,9 +31,9 @@ def read_requests(inputs: Mapping[str, Any], config: Any) -> list[Request]:
         shown_images: list[Pixels] = []
         taken: list[Pixels] = []
         for start, stop in runs(_is_feature(ids, config)):
-            left = stop - start
-            while left > 0:
-                video = ids[stop - left] == config.video_token_id
+            # Neighbours stand side by side, with nothing to part them.
+            while start < stop:
+                video = ids[start] == config.video_token_id
                 waiting, shown = (videos, shown_videos) if video else (images, shown_images)
                 if not waiting:
                     raise PromptError(
@@ -35,12 +41,9 @@ def read_requests(inputs: Mapping[str, Any], config: Any) -> list[Request]:
                         "the processor's output unchanged."
                     )
                 pixels = waiting.pop(0)
-                if not video:
-                    # Only the prompt says how many tokens are left of an image's tiles.
-                    pixels = Pixels(pixels.values, Clip(1, 1, left), pixels.picture_size)
                 shown.append(pixels)
                 taken.append(pixels)
-                left -= _tokens(pixels.clip, config) if video else left
+                start += _tokens("video" if video else "image", pixels.clip, config)
         prompt = layout_prompt(
             ids, [p.clip for p in shown_videos], [p.clip for p in shown_images], config
         )
@@ -61,28 +64,29 @@ def layout_prompt(
     visual = ids == config.video_token_id
     placeholder = feature.clone()
     video, frame = torch.full_like(ids, NONE), torch.full_like(ids, NONE)
-    waiting = list(enumerate(videos))
-    for start, stop in runs(visual):
+    waiting_videos, waiting_images = list(enumerate(videos)), list(images)
+    for start, stop in runs(placeholder):
         while start < stop:
-            if not waiting:
-                raise PromptError("input_ids hold more video tokens than the videos have.")
-            index, clip = waiting.pop(0)
-            end = start + _tokens(clip, config)
-            if end > stop:
+            if not (waiting_videos if ids[start] == config.video_token_id else waiting_images):
                 raise PromptError(
-                    f"A video of grid {clip.frames}x{clip.rows}x{clip.columns} needs "
-                    f"{end - start} tokens in input_ids, but {stop - start} stand there. Was the "
-                    "prompt truncated?"
+                    "The prompt has more video or image placeholders than there are videos and "
+                    "images. Does its text contain one?"
                 )
-            video[start:end] = index
-            tokens = clip.frames * clip.rows * clip.columns
-            frame[start : start + tokens] = torch.arange(clip.frames).repeat_interleave(
-                clip.rows * clip.columns
-            )
+            if ids[start] == config.image_token_id:
+                clip = waiting_images.pop(0)
+                _check_tokens("image", clip, ids[start:stop], config)
+                start += _tokens("image", clip, config)
+                continue
+            index, clip = waiting_videos.pop(0)
+            _check_tokens("video", clip, ids[start:stop], config)
+            end = start + clip.frames * clip.rows * clip.columns
+            last = start + _tokens("video", clip, config)
+            frame[start:end] = torch.arange(clip.frames).repeat_interleave(clip.rows * clip.columns)
+            video[start:last] = index
             # A newline after the whole video is no frame's: it is read like text, see `embed`.
-            visual[start + tokens : end] = False
-            feature[start + tokens : end] = False
-            start = end
+            visual[end:last] = False
+            feature[end:last] = False
+            start = last
     query = query_mask(visual, placeholder)
     return Prompt(Layout(ids, video, frame, visual, feature, query), tuple(videos), tuple(images))
 
@@ -91,24 +95,20 @@ def encode_pixels(model: Any, pixels: Pixels, selector: Any | None) -> tuple[Ten
     """Run the tower once for the model and the selector; see `Architecture.encode`."""
     core = model.model
     patches = core.encode_pictures(pixels.values)
-    if pixels.picture_size is None:
-        features = core.frame_features(patches).flatten(0, 1)
-        if selector is None:
-            return features, None
-        theirs = frame_features(patches, selector.projector, selector.image_newline, core.config)
-        return features, theirs.flatten(0, 1)
-    features = _pack(core, core.multi_modal_projector, core.image_newline, patches, pixels)
+    features = _project(core, core.multi_modal_projector, core.image_newline, patches, pixels)
     if selector is None:
         return features, None
-    return features, _pack(core, selector.projector, selector.image_newline, patches, pixels)
+    return features, _project(core, selector.projector, selector.image_newline, patches, pixels)
 
 
-def _pack(core: Any, projector: Any, newline: Tensor, patches: Tensor, pixels: Pixels) -> Tensor:
-    """Join the tiles of one image as the stock class does: ``(tokens, hidden)``."""
+def _project(core: Any, projector: Any, newline: Tensor, patches: Tensor, pixels: Pixels) -> Tensor:
+    """Turn patches into the features of frames, or of an image's tiles: ``(tokens, hidden)``."""
+    if pixels.picture_size is None:
+        return frame_features(patches, projector, newline, core.config).flatten(0, 1)
     like = next(projector.parameters())
-    projected = projector(patches.to(like.device, like.dtype))
+    # The stock class joins the tiles.
     packed, _ = core.pack_image_features(
-        [projected],
+        [projector(patches.to(device_of(projector), like.dtype))],
         [torch.tensor(pixels.picture_size)],
         image_newline=newline,
         vision_aspect_ratio=core.config.vision_aspect_ratio,
@@ -120,9 +120,21 @@ def _is_feature(ids: Tensor, config: Any) -> Tensor:
     return (ids == config.video_token_id) | (ids == config.image_token_id)
 
 
-def _tokens(clip: Clip, config: Any) -> int:
-    """Tokens of a video in the prompt, with the newline that may end it."""
-    return clip.frames * clip.rows * clip.columns + (config.newline_position == "one_token")
+def _check_tokens(kind: str, clip: Clip, ids: Tensor, config: Any) -> None:
+    """Check that ``ids``, from the clip's first token on, begin with all of its tokens."""
+    expected = _tokens(kind, clip, config)
+    found = int((ids == ids[0]).long().cumprod(0).sum())
+    if found < expected:
+        raise PromptError(
+            f"A {kind} of grid {clip.frames}x{clip.rows}x{clip.columns} needs {expected} tokens in "
+            f"input_ids, but {found} stand there. Was the prompt truncated?"
+        )
+
+
+def _tokens(kind: str, clip: Clip, config: Any) -> int:
+    """Count the tokens of a clip in a prompt, with the newline that may end a video."""
+    ended = kind == "video" and config.newline_position == "one_token"
+    return clip.frames * clip.rows * clip.columns + ended
 
 
 def _video_pixels(inputs: Mapping[str, Any], config: Any) -> list[Pixels]:
@@ -149,10 +161,33 @@ def _image_pixels(inputs: Mapping[str, Any], config: Any) -> list[Pixels]:
         alone = [int(n) == 1 for n in counts for _ in range(int(n))]
     images = []
     for tiles, size, cut in zip(values, sizes.tolist(), alone, strict=True):
+        height, width = size
         number = 1
         if cut:
             number = image_size_to_num_patches(
-                size, config.image_grid_pinpoints, config.vision_config.image_size
+                [height, width], config.image_grid_pinpoints, config.vision_config.image_size
             )
-        images.append(Pixels(tiles[:number], Clip(1, 1, 1), (size[0], size[1])))
+        clip = Clip(1, 1, _image_tokens((height, width), number, config))
+        images.append(Pixels(tiles[:number], clip, (height, width)))
     return images
+
+
+def _image_tokens(size: tuple[int, int], tiles: int, config: Any) -> int:
+    """Count the visual tokens of an image ``(height, width)``: the whole of it, then its tiles.
+
+    The stock class joins the tiles, cuts the padding off, shrinks what exceeds its limit and ends
+    every row with a newline.
+    """
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    if tiles == 1:
+        return side * side + 1
+    rows, columns = get_anyres_image_grid_shape(
+        size, config.image_grid_pinpoints, config.vision_config.image_size
+    )
+    joined = torch.empty(1, rows * side, columns * side, device="meta")
+    _, height, width = unpad_image(joined, size).shape
+    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = math.sqrt(height * width / (most * side * side))
+    if ratio > 1.1:
+        height, width = int(height // ratio), int(width // ratio)
+    return side * side + height * (width + 1)

@@ -20,7 +20,7 @@ import flexselect
 from flexselect.inference.apply import Applied
 from flexselect.inference.features import Encoded
 
-from .tiny import qwen2_5_vl
+from .tiny import internvl, llava_video, qwen2_5_vl
 
 #: Side-effect free knobs that make every video of the suite take several sets and lose tokens.
 LAYER, FRAMES_PER_SET = 2, 3
@@ -35,15 +35,20 @@ class Family:
     Attributes
     ----------
     name : as in `Architecture.family`.
-    tiny : module with ``processor()``, ``model(tokenizer, seed, **text_config_overrides)`` and
-        ``selector(model, seed, **config_overrides)``, the HEIGHT and WIDTH of its pictures, and
-        in OTHER_TOWER the overrides that make a selector for a tower of another width.
+    tiny : module with ``processor()``, ``process(processor, text, images, videos, **options)`` to
+        run it, ``model(tokenizer, seed, **text_config_overrides)`` and
+        ``selector(model, seed, **config_overrides)``, the HEIGHT and WIDTH of a video's pictures
+        and the IMAGE_HEIGHT and IMAGE_WIDTH of images, and in OTHER_TOWER the overrides that make a
+        selector for a tower of another width.
     pictures : pictures of a video that become one frame.
+    timed : whether its processor tells the model when frames were taken; else they count as one
+        second apart.
     """
 
     name: str
     tiny: ModuleType
     pictures: int
+    timed: bool
 
     def processor(self) -> Any:
         return _processor(self)
@@ -60,6 +65,11 @@ class Family:
         """Build a Lite selector for a vision tower of another width."""
         return self.tiny.selector(model, 1, **self.tiny.OTHER_TOWER)
 
+    @property
+    def seconds_per_frame(self) -> float:
+        """Time from a frame to the next as the model's inputs have it."""
+        return SECONDS_PER_PICTURE * self.pictures if self.timed else 1.0
+
     def frame_tokens(self, model: Any) -> int:
         """Visual tokens of one frame, as the family's own layout has them."""
         [request] = flexselect.architecture_of(model).read(self.inputs([Video(2), "?"]))
@@ -67,15 +77,11 @@ class Family:
 
     def video(self, frames: int, seed: int) -> Tensor:
         """Draw a video that becomes ``frames`` frames: uint8 ``(pictures, 3, height, width)``."""
-        return self._noise(frames * self.pictures, seed)
+        size = (frames * self.pictures, 3, self.tiny.HEIGHT, self.tiny.WIDTH)
+        return noise(size, seed)
 
     def image(self, seed: int) -> Tensor:
-        return self._noise(1, 1000 + seed)[0]
-
-    def _noise(self, count: int, seed: int) -> Tensor:
-        draw = torch.Generator().manual_seed(seed)
-        size = (count, 3, self.tiny.HEIGHT, self.tiny.WIDTH)
-        return torch.randint(0, 256, size, dtype=torch.uint8, generator=draw)
+        return noise((3, self.tiny.IMAGE_HEIGHT, self.tiny.IMAGE_WIDTH), 1000 + seed)
 
     def inputs(self, *conversations: Sequence[Any], padding_side: str = "left") -> dict[str, Any]:
         """Run the real processor over one conversation a row.
@@ -112,8 +118,7 @@ class Family:
         if images:
             options["images"] = images
         processor.tokenizer.padding_side = padding_side
-        out = processor(text=texts, padding=True, return_tensors="pt", **options)
-        return dict(out)
+        return self.tiny.process(processor, text=texts, **options)
 
     def templated(self, chat: Sequence[tuple[str, Sequence[Any]]]) -> str:
         """Write a chat with the processor's template."""
@@ -142,8 +147,16 @@ class Image:
 
 #: Every family under contract. The tests of this folder run for each.
 FAMILIES = [
-    Family("qwen2_5_vl", qwen2_5_vl, pictures=2),
+    Family("qwen2_5_vl", qwen2_5_vl, pictures=2, timed=True),
+    Family("llava_video", llava_video, pictures=1, timed=False),
+    Family("internvl", internvl, pictures=1, timed=False),
 ]
+
+
+def noise(size: tuple[int, ...], seed: int) -> Tensor:
+    """Draw pictures, uint8."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, size, dtype=torch.uint8, generator=draw)
 
 
 def knobs(budget: int, **more: Any) -> dict[str, Any]:

@@ -136,14 +136,13 @@ def test_a_prompt_laid_out_without_pixels_is_the_same(
 
 def test_pixels_of_decoded_pictures_are_the_processors(family: Family, model: Any) -> None:
     """A video prepared in pieces, as from a file, is what the processor makes of it at once."""
-    from .factories import SECONDS_PER_PICTURE
-
+    pace = family.seconds_per_frame / family.pictures
     architecture = flexselect.architecture_of(model)
     [request] = architecture.read(family.inputs([Video(6, 3), "?"]))
     pictures = family.video(6, 3)
     size = 2 * family.pictures
     pieces = [
-        architecture.pixels(family.processor(), pictures[i : i + size], SECONDS_PER_PICTURE)
+        architecture.pixels(family.processor(), pictures[i : i + size], pace)
         for i in range(0, len(pictures), size)
     ]
     [whole] = request.pixels

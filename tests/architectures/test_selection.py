@@ -67,14 +67,19 @@ def test_scores_do_not_depend_on_the_budget(family: Family, model: Any) -> None:
 def test_sets_are_scored_without_each_other(
     family: Family, model: Any, select: Callable[..., Any]
 ) -> None:
-    """Frames 1, 4 of a video in three sets score as a video of only these."""
+    """Frames 1, 4 of a video in three sets score as a prompt with only these, text and all."""
     pictures = family.video(7, 0)
     inputs = family.inputs([Video(7), QUESTION])
     per_frame = family.frame_tokens(model)
     select(model, 24)
     [whole] = selections(model, inputs)
+    [row] = encoded(model.flexselect, inputs)
+    frames = torch.tensor([1, 4])
+    rows = row.prompt.rows_of_frames(0, frames)
     shown = torch.stack([pictures[i :: family.pictures] for i in range(family.pictures)], 1)
-    alone = family.inputs_of([shown[[1, 4]].flatten(0, 1)], [Video(2), QUESTION])
+    alone = family.inputs_of([shown[frames].flatten(0, 1)], [Video(2), QUESTION])
+    text = ("input_ids", "attention_mask", "mm_token_type_ids")
+    alone |= {name: inputs[name][:, rows] for name in text if name in inputs}
     flexselect.remove(model)
     select(model, per_frame, frames_per_set=2)
     [part] = selections(model, alone)

@@ -24,6 +24,7 @@ VISION = {
 }
 PATCH = 4
 HEIGHT, WIDTH = 24, 32
+IMAGE_HEIGHT, IMAGE_WIDTH = HEIGHT, WIDTH
 OTHER_TOWER = {"vision_hidden_size": 40}
 
 
@@ -42,6 +43,10 @@ def processor() -> Any:
             video="<|vision_start|><|video_pad|><|vision_end|>",
         ),
     )
+
+
+def process(processor: Any, **arguments: Any) -> dict[str, Any]:
+    return dict(processor(padding=True, return_tensors="pt", **arguments))
 
 
 def model(tokenizer: Any, seed: int, **overrides: Any) -> Any:
