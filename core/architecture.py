@@ -100,6 +100,9 @@ class Architecture(ABC):
     vision_inputs: ClassVar[tuple[str, ...]]
     #: Pictures of the video that become one frame of the layout.
     pictures_per_frame: ClassVar[int] = 1
+    #: Options of a caller or a preset that choose and size the pictures of a video; others are
+    #: refused.
+    sampling_options: ClassVar[tuple[str, ...]] = ("fps", "frames", "min_frames", "max_frames")
 
     def __init__(self, model: Any) -> None:
         self.model = model

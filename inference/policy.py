@@ -48,7 +48,9 @@ def resolve_sampling(
 ) -> dict[str, Any]:
     """Fill what ``sampling`` leaves open from ``preset``, or raise `OptionError`.
 
-    A number of pictures replaces the preset's rate and its bounds, and a rate its number.
+    A number of pictures replaces the preset's rate and its bounds, and a rate its number. A maximum
+    that is given lowers the preset's minimum; a minimum never raises the preset's maximum, which is
+    there to limit memory.
     """
     chosen = check_sampling(sampling)
     replaced: tuple[str, ...] = ()
@@ -58,15 +60,38 @@ def resolve_sampling(
         replaced = ("fps", "min_frames", "max_frames")
     kept = {name: value for name, value in preset.video.items() if name not in replaced}
     policy = {**kept, **chosen}
-    frames, least = policy.get("frames"), architecture.pictures_per_frame
+
+    def named(name: str) -> str:
+        origin = "given" if name in chosen else f"preset {preset.name}"
+        return f"{name} ({policy[name]}, {origin})"
+
+    for name in policy:
+        if name not in architecture.sampling_options:
+            raise OptionError(
+                f"{named(name)} decides nothing for {architecture.family}, which takes "
+                f"{', '.join(architecture.sampling_options)}. Leave it out."
+            )
     bounds = [name for name in ("min_frames", "max_frames") if name in chosen]
-    if frames is not None and bounds:
+    if "frames" in policy and bounds:
         raise OptionError(
-            f"{' and '.join(bounds)} bound fps, but the preset {preset.name} looks at {frames} "
-            "pictures. Give fps too, or frames alone."
+            f"{' and '.join(bounds)} bound fps, but the preset {preset.name} looks at "
+            f"{policy['frames']} pictures. Give fps too, or frames alone."
         )
-    if frames is not None and frames < least:
-        raise OptionError(
-            f"frames must be at least {least}, which this model reads as one, got {frames}."
-        )
+    group = architecture.pictures_per_frame
+    for name in ("frames", "max_frames"):
+        if name in policy and policy[name] < group:
+            raise OptionError(
+                f"{name} must be at least {group}, which this model reads as one, got "
+                f"{policy[name]}."
+            )
+    for what in ("frames", "pixels"):
+        least, most = f"min_{what}", f"max_{what}"
+        if least not in policy or most not in policy:
+            continue
+        if most in chosen and least not in chosen:
+            policy[least] = min(policy[least], policy[most])
+        if policy[most] < policy[least]:
+            raise OptionError(
+                f"{named(most)} is below {named(least)}. Raise the first or lower the second."
+            )
     return policy

@@ -33,6 +33,7 @@ class Qwen2_5_VL(Architecture):
         "mm_token_type_ids",
     )
     pictures_per_frame = 2
+    sampling_options = (*Architecture.sampling_options, "min_pixels", "max_pixels")
 
     def has_video(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the batch shows a video."""
@@ -78,11 +79,6 @@ class Qwen2_5_VL(Architecture):
         """Round the budget up to whole frames of the first video, as the reference does (Q3)."""
         clip = prompt.videos[0]
         return round_up(budget, clip.rows * clip.columns)
-
-    def continue_from(self, positions: Sequence[Tensor]) -> None:
-        """Let the model number further tokens on from the last position of each row."""
-        deltas = [int(part.max()) + 1 - part.shape[-1] for part in positions]
-        self.model.model.rope_deltas = torch.tensor(deltas, device=self.model.device)[:, None]
 
     @classmethod
     def load_model(

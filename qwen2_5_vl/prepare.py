@@ -19,6 +19,9 @@ _PICTURES = 2
 def sample_pictures(count: int, fps: float, sampling: Mapping[str, Any]) -> Tensor:
     """Choose which pictures of a video to look at, as qwen-vl-utils does.
 
+    Only a number asked for is treated otherwise: an odd one is rounded down, never up past what was
+    asked or what the video has.
+
     Parameters
     ----------
     count, fps : pictures in the video, and their rate.
@@ -35,7 +38,8 @@ def sample_pictures(count: int, fps: float, sampling: Mapping[str, Any]) -> Tens
             f"at least {_PICTURES}."
         )
     if sampling.get("frames") is not None:
-        wanted = {"nframes": min(sampling["frames"], count)}
+        pairs = min(sampling["frames"], count) // _PICTURES
+        wanted = {"nframes": max(1, pairs) * _PICTURES}
     else:
         wanted = {name: sampling[name] for name in ("fps", "min_frames") if name in sampling}
         wanted["max_frames"] = max(_PICTURES, min(sampling.get("max_frames", count), count))
@@ -50,7 +54,15 @@ def picture_size(
     """Choose a size in multiples of ``factor`` pixels, as qwen-vl-utils does.
 
     A picture gets between 128 and 768 visual tokens, and fewer the more pictures share the
-    sequence. ``limits`` may set ``min_pixels`` and ``max_pixels`` of a picture.
+    sequence. ``limits`` may set ``min_pixels`` and ``max_pixels`` of a picture; a maximum below the
+    usual 128 tokens does away with that minimum.
+
+    Raises
+    ------
+    OptionError
+        A maximum is below the minimum that is given, or below one visual token.
+    VideoError
+        The pictures are too long and narrow.
     """
     vision_process = _vision_process()
     area = factor * factor
@@ -58,13 +70,36 @@ def picture_size(
     total = vision_process.MODEL_SEQ_LEN * area * 0.9
     most = min(vision_process.VIDEO_MAX_TOKEN_NUM * area, total / pictures * _PICTURES)
     most = max(most, int(least * 1.05))
-    if limits.get("max_pixels"):
-        most = min(most, limits["max_pixels"])
+    limit = limits.get("max_pixels")
+    if limit:
+        if limit < area:
+            raise OptionError(
+                f"max_pixels ({limit}) is less than one visual token, which takes {factor} x "
+                f"{factor} = {area} pixels."
+            )
+        if limit < least and not limits.get("min_pixels"):
+            # Not just lowered to the limit: growing to it would round up past it.
+            least = area
+        most = min(most, limit)
     if most < least:
         raise OptionError(f"max_pixels ({most}) is below min_pixels ({least}).")
-    return vision_process.smart_resize(
+    if max(height, width) > vision_process.MAX_RATIO * min(height, width):
+        raise VideoError(
+            f"The pictures are {width} x {height} pixels; Qwen2.5-VL takes pictures whose longer "
+            f"side is at most {vision_process.MAX_RATIO} times the shorter. Crop or pad the video."
+        )
+    resized = vision_process.smart_resize(
         height, width, factor=factor, min_pixels=int(least), max_pixels=int(most)
     )
+    # A shorter side that is scaled to less than one token comes back as nothing.
+    rows, columns = (max(factor, side) for side in resized)
+    if 0 in resized and rows * columns > most:
+        raise VideoError(
+            f"The pictures are {width} x {height} pixels; scaled to at most {int(most)} pixels, "
+            f"their shorter side is less than the {factor} of one visual token. Raise max_pixels, "
+            "or crop or pad the video."
+        )
+    return rows, columns
 
 
 def prepare_pixels(processor: Any, pictures: Tensor, seconds_per_picture: float) -> Pixels:
