@@ -25,7 +25,8 @@ def set_quotas(budget: int, sizes: Sequence[int]) -> list[int]:
     Every set gets ``budget // sets``; the remainder is not used, as in the reference (fixtures,
     C8). A set smaller than its quota is kept whole and what it leaves goes, again in equal whole
     parts, to the others; the reference fails there (C9). A budget that covers everything keeps
-    everything.
+    everything, and one below the number of sets gives one token to as many; the reference then
+    keeps nothing.
 
     Parameters
     ----------
@@ -45,8 +46,9 @@ def set_quotas(budget: int, sizes: Sequence[int]) -> list[int]:
         share = left // len(open_sets)
         small = [i for i in open_sets if sizes[i] <= share]
         if not small:
-            for i in open_sets:
-                quotas[i] = share
+            # Fewer tokens than sets: one each as far as they go, rather than none at all.
+            for i in open_sets if share else open_sets[:left]:
+                quotas[i] = max(share, 1)
             break
         for i in small:
             quotas[i] = sizes[i]

@@ -51,7 +51,7 @@ def reference_states(
         )
     forget_length(decoder)
     cos_sin = decoder.rotary_emb(embeds, positions)
-    mask = _causal_mask(embeds) if decoder.config._attn_implementation == "eager" else None
+    mask = _causal_mask(embeds, decoder.config._attn_implementation)
     hidden = embeds
     for block in decoder.layers[:layer]:
         hidden = block(_follow(hidden, block), attention_mask=mask, position_embeddings=cos_sin)
@@ -81,10 +81,10 @@ def forget_length(decoder: Any) -> None:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes, also when accelerate keeps its weights elsewhere meanwhile."""
-    hook = getattr(module, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    if device is not None:
-        return torch.device(device)
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
     return next(module.parameters()).device
 
 
@@ -102,8 +102,15 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return states * cos + torch.cat((-high, low), -1) * sin
 
 
-def _causal_mask(embeds: Tensor) -> Tensor:
-    """Additive mask ``(1, 1, tokens, tokens)``; eager attention without one sees the future."""
+def _causal_mask(embeds: Tensor, kernel: str) -> Tensor | None:
+    """Additive mask ``(1, 1, tokens, tokens)`` for a kernel that is not causal by itself."""
+    if kernel == "sdpa" or "flash" in kernel:
+        return None
+    if kernel != "eager":
+        raise UnsupportedModelError(
+            f"Relevance cannot be scored with attn_implementation={kernel!r}. Load the model with "
+            "'sdpa', 'eager' or a flash attention."
+        )
     tokens = embeds.shape[1]
     mask = embeds.new_full((1, 1, tokens, tokens), torch.finfo(embeds.dtype).min)
     return mask.triu(1)

@@ -37,7 +37,7 @@ class Clip:
     seconds_per_frame: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """One prompt, token by token. Every field is a host tensor of shape ``(tokens,)``.
 
@@ -75,7 +75,7 @@ class Layout:
         return Layout(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompt:
     """A layout and the clips whose tokens it holds, in order of appearance.
 
@@ -139,14 +139,12 @@ class Prompt:
         )
 
 
-def query_mask(visual: Tensor, feature: Tensor, start: int | None = None) -> Tensor:
+def query_mask(visual: Tensor, feature: Tensor) -> Tensor:
     """Mark the text after the last visual token, chat-template tail included (fixtures, C2).
 
     Parameters
     ----------
     visual, feature : bool ``(tokens,)``, as in `Layout`.
-    start : first token that may ask, for a conversation in which only the newest turn should.
-        Default: right after the last visual token.
 
     Returns
     -------
@@ -155,11 +153,8 @@ def query_mask(visual: Tensor, feature: Tensor, start: int | None = None) -> Ten
     ranked = visual.nonzero()
     if len(ranked) == 0:
         return torch.zeros_like(visual)
-    first = int(ranked[-1]) + 1
-    if start is not None:
-        first = max(first, start)
     mask = torch.zeros_like(visual)
-    mask[first:] = True
+    mask[int(ranked[-1]) + 1 :] = True
     mask &= ~feature
     if not bool(mask.any()):
         raise PromptError(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import CheckpointError
+
+_TENSORS, _RECORD = ".safetensors", ".json"
 
 
 def top_tokens(scores: Tensor, k: int) -> Tensor:
@@ -73,6 +76,7 @@ class Moment:
     score : relevance of its best visual token.
     kept : visual tokens kept in it.
     video : which video of the prompt.
+    first_frame, last_frame : its frames, both included.
     """
 
     start: float
@@ -80,9 +84,11 @@ class Moment:
     score: float
     kept: int
     video: int = 0
+    first_frame: int = 0
+    last_frame: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
     """What a method decided for one prompt. Tensors are on the host.
 
@@ -90,9 +96,11 @@ class Selection:
     ----------
     kept : int64 ``(kept,)``, positions among the prompt's visual tokens, ascending.
     video, frame : int64 ``(visual,)``, the video and the frame within it of every visual token.
-    times : for each video, float64 ``(frames,)``: when each frame is shown, in seconds.
+    times : for each video, float64 ``(frames,)``: when each frame is shown, in seconds. A
+        processor that does not say how far frames are apart makes them one second apart.
     scores : float32 ``(visual,)`` relevance, or None for a method that does not score.
     settings : what decided the result: method, its knobs, model, layer, versions.
+    durations : seconds of each video; empty where only its frames' times are known.
     """
 
     kept: Tensor
@@ -101,6 +109,7 @@ class Selection:
     times: tuple[Tensor, ...]
     scores: Tensor | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    durations: tuple[float, ...] = ()
 
     @property
     def num_visual(self) -> int:
@@ -137,7 +146,10 @@ class Selection:
         kept = self.kept_per_frame(video).tolist()
         scores = self.frame_scores(video).tolist()
         times = self.times[video].tolist()
-        step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+        if self.durations:
+            stop = self.durations[video]
+        else:
+            stop = times[-1] + (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
         free = [count > 0 for count in kept]
         moments: list[Moment] = []
         for peak in sorted(range(len(scores)), key=lambda i: -scores[i]):
@@ -153,10 +165,9 @@ class Selection:
                 last += 1
             free[first : last + 1] = [False] * (last + 1 - first)
             # A frame is on screen until the next one comes.
-            end = times[last + 1] if last + 1 < len(times) else times[last] + step
-            moments.append(
-                Moment(times[first], end, scores[peak], sum(kept[first : last + 1]), video)
-            )
+            end = times[last + 1] if last + 1 < len(times) else max(stop, times[last])
+            count = sum(kept[first : last + 1])
+            moments.append(Moment(times[first], end, scores[peak], count, video, first, last))
         return moments
 
     def save(self, path: str | Path) -> None:
@@ -166,39 +177,58 @@ class Selection:
         tensors |= {f"times.{i}": times for i, times in enumerate(self.times)}
         if self.scores is not None:
             tensors["scores"] = self.scores
+        # safetensors refuses tensors that share memory, as these may.
+        tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
         record = {
+            "pair": uuid.uuid4().hex,
             "kept": len(self.kept),
             "visual": self.num_visual,
             "moments": [vars(moment) for moment in self.moments()],
+            "durations": list(self.durations),
             "settings": self.settings,
         }
+        text = json.dumps(record, indent=1) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Both are written aside and moved, so that an interruption leaves no half of either.
-        weights, text = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.text")
-        # Copies, because the format refuses views of shared memory.
-        save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, weights)
-        text.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(weights, path.with_name(path.name + ".safetensors"))
-        os.replace(text, path.with_name(path.name + ".json"))
+        # Both are written aside and moved, so that an interruption leaves no half of either; the
+        # pair's name in both tells when only one was moved.
+        parts = {
+            ending: path.with_name(f".{path.name}.part{ending}") for ending in (_TENSORS, _RECORD)
+        }
+        try:
+            save_file(tensors, parts[_TENSORS], metadata={"pair": record["pair"]})
+            parts[_RECORD].write_text(text)
+            for ending, part in parts.items():
+                os.replace(part, path.with_name(path.name + ending))
+        finally:
+            for part in parts.values():
+                part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Selection:
-        """Read what `save` wrote to ``path``."""
+        """Read what `save` wrote to ``path``; raises `CheckpointError` where that is not there."""
         path = Path(path)
         try:
-            tensors = load_file(path.with_name(path.name + ".safetensors"))
-            record = json.loads(path.with_name(path.name + ".json").read_text())
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            with safe_open(path.with_name(path.name + _TENSORS), "pt") as file:
+                pair = (file.metadata() or {}).get("pair")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            record = json.loads(path.with_name(path.name + _RECORD).read_text())
+            if record["pair"] != pair:
+                raise CheckpointError(
+                    f"{path}: tensors and record are of two selections, as after an interrupted "
+                    "save. Make the selection again."
+                )
+            count = sum(name.startswith("times.") for name in tensors)
+            return cls(
+                kept=tensors["kept"],
+                video=tensors["video"],
+                frame=tensors["frame"],
+                times=tuple(tensors[f"times.{i}"] for i in range(count)),
+                scores=tensors.get("scores"),
+                settings=record["settings"],
+                durations=tuple(record["durations"]),
+            )
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{path}: no readable selection there ({error}). Give the path that was saved to, "
                 "without an ending."
             ) from error
-        count = sum(name.startswith("times.") for name in tensors)
-        return cls(
-            kept=tensors["kept"],
-            video=tensors["video"],
-            frame=tensors["frame"],
-            times=tuple(tensors[f"times.{i}"] for i in range(count)),
-            scores=tensors.get("scores"),
-            settings=record["settings"],
-        )

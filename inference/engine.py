@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.architecture import Request
 from ..core.decoder import forget_length
+from ..core.errors import OptionError
 from ..core.layout import NONE, Prompt
 from ..core.selection import Selection
 from .features import Encoded, Features, Progress, assemble, encode
@@ -19,7 +20,9 @@ from .registry import architecture_of
 
 
 class Engine:
-    """Runs one method on one model; changes neither.
+    """Runs one method on one model.
+
+    Of the model only what a rope remembers of earlier prompts is touched: it is forgotten.
 
     Parameters
     ----------
@@ -39,6 +42,10 @@ class Engine:
     """
 
     def __init__(self, model: Any, method: Method) -> None:
+        if not isinstance(method, Method):
+            raise OptionError(
+                f"method must be a method such as FlexSelect(budget=4096), got {method!r}."
+            )
         self.model = model
         self.architecture = architecture_of(model)
         self.preset: Preset = preset_of(self.architecture)
@@ -49,7 +56,7 @@ class Engine:
         prompt = request.prompt
         if not request.pixels:
             return Encoded(prompt, Features(torch.empty(0, 0)), ())
-        selector = self.method.selector_for(self.architecture)
+        selector = self.method.encodes_for
         features = encode(self.architecture, request.pixels, selector)
         times = tuple(
             torch.arange(clip.frames, dtype=torch.float64) * clip.seconds_per_frame
@@ -103,11 +110,15 @@ class Engine:
 
     def record(self) -> dict[str, Any]:
         """Name what decides a result besides the method's knobs and the video."""
+        from .. import __version__
+
         return {
+            "flexselect": __version__,
             "family": self.architecture.family,
             "model": self.model.config._name_or_path,
             "preset": self.preset.name,
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "attention": self.architecture.decoder.config._attn_implementation,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }

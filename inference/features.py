@@ -22,7 +22,7 @@ FRAMES_PER_CHUNK = 32
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Features:
     """What the tower saw: host tensors, one row a feature token, in prompt order.
 
@@ -36,7 +36,7 @@ class Features:
     selector: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoded:
     """A prompt with the features of its clips: all a method needs.
 
@@ -45,11 +45,13 @@ class Encoded:
     prompt : the layout.
     features : see `Features`.
     times : for each video, float64 ``(frames,)`` in seconds.
+    durations : seconds of each video, where known.
     """
 
     prompt: Prompt
     features: Features
     times: tuple[Tensor, ...]
+    durations: tuple[float, ...] = ()
 
 
 @torch.no_grad()
@@ -75,20 +77,29 @@ def encode(
     progress : called with ("encode", frames done, ``total``).
     total : frames to come, for the progress display.
     """
-    parts: list[tuple[Tensor, Tensor | None]] = []
+    ours: list[Tensor] = []
+    theirs: list[Tensor] = []
     done = 0
     for pixels in chunks:
         start = 0
         while start < pixels.clip.frames:
             stop = min(start + frames_per_chunk, pixels.clip.frames)
             try:
-                parts.append(_to_host(architecture.encode(pixels.frames(start, stop), selector)))
+                model, extra = architecture.encode(pixels.frames(start, stop), selector)
+                ours.append(model.cpu())
+                if extra is not None:
+                    theirs.append(extra.cpu())
             except torch.OutOfMemoryError as error:
                 if stop - start == 1:
                     raise FlexSelectError(
                         "The device has too little free memory to encode a single frame. Lower the "
                         "resolution, load the model in bfloat16, or free the device."
                     ) from error
+                failed = True
+            else:
+                failed = False
+            if failed:
+                # Only out here has the traceback let go of the chunk's activations.
                 frames_per_chunk = (stop - start) // 2
                 logger.warning(
                     "Out of device memory while encoding %d frames at a time; going on with %d.",
@@ -101,12 +112,9 @@ def encode(
             start = stop
             if progress is not None:
                 progress("encode", done, total)
-    if not parts:
+    if not ours:
         raise FlexSelectError("There was no frame to encode.")
-    model = torch.cat([part[0] for part in parts])
-    if selector is None:
-        return Features(model)
-    return Features(model, torch.cat([part[1] for part in parts if part[1] is not None]))
+    return Features(_joined(ours), _joined(theirs) if theirs else None)
 
 
 def assemble(
@@ -131,13 +139,19 @@ def assemble(
     # Placeholder ids are never embedded; some families' lie outside the table.
     embeds = embed(layout.ids[rows].masked_fill(here, 0))
     wanted = (layout.feature.cumsum(0) - 1)[rows[here]]
-    seen = features.index_select(0, wanted).to(embeds.device, embeds.dtype, non_blocking=True)
+    seen = features.index_select(0, wanted).to(embeds.device, embeds.dtype)
     return embeds.index_copy(0, here.nonzero()[:, 0].to(embeds.device), seen)
 
 
-def _to_host(pair: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    model, selector = pair
-    return model.cpu(), None if selector is None else selector.cpu()
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Concatenate ``parts`` and empty the list on the way, so that nothing is held twice."""
+    whole = parts[0].new_empty((sum(map(len, parts)), *parts[0].shape[1:]))
+    stop = len(whole)
+    while parts:
+        part = parts.pop()
+        whole[stop - len(part) : stop] = part
+        stop -= len(part)
+    return whole
 
 
 def _release_cache() -> None:

@@ -64,6 +64,7 @@ class Method(ABC):
             video=layout.video[layout.visual],
             frame=layout.frame[layout.visual],
             times=encoded.times,
+            durations=encoded.durations,
             scores=None if scores is None else scores.cpu(),
             settings=self.record(),
         )
@@ -84,8 +85,9 @@ class Method(ABC):
         """Raise `OptionError` for a knob that ``architecture`` cannot serve."""
         _one_of("positions", self.positions, ("original", "compact"))
 
-    def selector_for(self, architecture: Architecture) -> Any | None:
-        """Return the Lite selector that features must be encoded for, if the method has one."""
+    @property
+    def encodes_for(self) -> Any | None:
+        """The Lite selector that features must be encoded for, if the method has one."""
         return None
 
     def record(self) -> dict[str, Any]:
@@ -165,10 +167,16 @@ class Uniform(Budgeted):
         for (members, budget), clip in zip(
             self.shares(encoded, architecture), encoded.prompt.videos, strict=True
         ):
-            per_frame = len(members) // clip.frames
-            count = min(clip.frames, max(1, budget // per_frame))
+            count = min(clip.frames, budget * clip.frames // len(members))
+            if count == 0:
+                continue
             middle = (torch.arange(count, dtype=torch.float64) + 0.5) * clip.frames / count
             kept.append(members[torch.isin(frame[members], middle.long())])
+        if not kept:
+            raise OptionError(
+                f"budget={self.budget} holds no whole frame of this video; uniform keeps whole "
+                "frames. Raise the budget."
+            )
         return torch.cat(kept).sort().values, None
 
 
@@ -185,6 +193,12 @@ class Random(Budgeted):
     name = "random"
 
     seed: int = 0
+
+    def check(self, architecture: Architecture) -> None:
+        """Check the seed too."""
+        super().check(architecture)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise OptionError(f"seed must be a whole number of at least 0, got {self.seed!r}.")
 
     def keep(
         self, encoded: Encoded, architecture: Architecture, progress: Progress | None = None
@@ -254,8 +268,9 @@ class FlexSelect(Budgeted):
         if self.sets_per_batch is not None:
             _count("sets_per_batch", self.sets_per_batch)
 
-    def selector_for(self, architecture: Architecture) -> Any | None:
-        """Return the Lite selector."""
+    @property
+    def encodes_for(self) -> Any | None:
+        """The Lite selector."""
         return self.selector
 
     def record(self) -> dict[str, Any]:

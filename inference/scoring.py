@@ -18,7 +18,7 @@ from .features import Progress, assemble
 TOKENS_PER_BATCH = 16_384
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FrameSet:
     """One set of frames of a prompt, ready to be scored.
 

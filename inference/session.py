@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,24 +10,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 from ..core.architecture import Pixels
 from ..core.errors import OptionError, PromptError, VideoError
 from ..core.layout import Clip
 from ..core.selection import Moment, Selection
-from .apply import count_new_tokens, is_applied
+from .apply import check_decoding, count_new_tokens, is_applied
 from .engine import Engine
 from .features import FRAMES_PER_CHUNK, Encoded, Features, Progress, encode
 from .methods import FlexSelect, Method
 from .policy import resolve_sampling
+from .timing import Clock, Tee
 from .video import DecodeReport, FrameStream, probe, read_frames, sample_fps, sample_uniform
 
 #: Answers are short unless asked otherwise.
 MAX_NEW_TOKENS = 256
 
+#: Arguments of generate that the video and the question decide.
+_OURS = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Answer:
     """An answer and what it was read from.
 
@@ -58,7 +59,7 @@ class Answer:
         return self.text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Video:
     """An encoded video; `open_video` makes it. Its features lie in host memory.
 
@@ -116,7 +117,8 @@ class Video:
         layout = replace(prompt.layout, query=prompt.layout.query & ~earlier)
         if not bool(layout.query.any()):
             raise PromptError("Nothing is asked: the question is empty.")
-        return Encoded(replace(prompt, layout=layout), self.features, (self.times,))
+        durations = (self.record["duration"],)
+        return Encoded(replace(prompt, layout=layout), self.features, (self.times,), durations)
 
 
 class Chat:
@@ -180,8 +182,10 @@ class Chat:
         options: dict[str, Any],
     ) -> tuple[Tensor, bool]:
         model = self.video.engine.model
-        # A model with a method applied selects in generate; its prompt is selected here already.
-        generate = model.flexselect.stock_generate if is_applied(model) else model.generate
+        ours = sorted(_OURS & set(options))
+        if ours:
+            raise OptionError(f"{', '.join(ours)} cannot be given to ask: the video decides them.")
+        check_decoding(options, model.generation_config)
         if options.get("generation_config") is None and "max_length" not in options:
             options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **options}
             if not options["do_sample"]:
@@ -204,7 +208,8 @@ class Chat:
         if streamed:
             options["streamer"] = Tee(clock, progress, options.get("streamer"))
         clock.start("prefill" if streamed else "answer")
-        out = generate(input_ids=prompt_ids[None].to(model.device), **prefill, **options)
+        # With embeddings given, generate selects nothing, whether a method is applied or not.
+        out = model.generate(input_ids=prompt_ids[None].to(model.device), **prefill, **options)
         clock.stop()
         sequences = out if isinstance(out, Tensor) else out.sequences
         ids = sequences[0, len(prompt_ids) :].cpu()
@@ -305,7 +310,7 @@ def open_video(
             clock.start("decode")
 
     frames = -(-len(chosen) // group)
-    selector = engine.method.selector_for(architecture)
+    selector = engine.method.encodes_for
     features = encode(architecture, chunks(), selector, frames_per_chunk, progress, frames)
     clock.stop()
     clip = replace(clips[0], frames=sum(part.frames for part in clips))
@@ -331,67 +336,6 @@ def check_question(question: object) -> str:
     if not question.strip():
         raise PromptError("Nothing is asked: the question is empty.")
     return question
-
-
-class Clock:
-    """Adds up time by stage, waiting for the device at each change of stage.
-
-    Attributes
-    ----------
-    seconds : stage to seconds so far.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
-        self._device = device
-        self._stage: str | None = None
-        self._since = 0.0
-
-    def start(self, stage: str) -> None:
-        """End the stage that runs, if any, and begin another."""
-        self.stop()
-        self._stage, self._since = stage, time.perf_counter()
-
-    def stop(self) -> None:
-        """End the stage that runs, if any."""
-        if self._stage is not None:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            spent = time.perf_counter() - self._since
-            self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + spent
-            self._stage = None
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Time a block."""
-        self.start(stage)
-        yield
-        self.stop()
-
-
-class Tee(BaseStreamer):
-    """Notes when the first token comes, and passes everything on to the caller's streamer."""
-
-    def __init__(self, clock: Clock, progress: Progress | None, streamer: Any | None) -> None:
-        self._clock = clock
-        self._progress = progress
-        self._streamer = streamer
-        self._calls = 0
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt's ids, then one token after the other."""
-        if self._calls == 1:
-            self._clock.start("answer")
-        if self._calls and self._progress is not None:
-            self._progress("answer", self._calls, 0)
-        self._calls += 1
-        if self._streamer is not None:
-            self._streamer.put(value)
-
-    def end(self) -> None:
-        """Note the end of the answer."""
-        if self._streamer is not None:
-            self._streamer.end()
 
 
 def _check_processor(processor: Any) -> None:

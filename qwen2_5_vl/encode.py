@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.architecture import Pixels, Request, runs, strip_padding
+from ..core.decoder import device_of
 from ..core.errors import PromptError
 from ..core.layout import NONE, Clip, Layout, Prompt, query_mask
 
@@ -19,21 +21,22 @@ def read_requests(inputs: Mapping[str, Any], config: Any) -> list[Request]:
     images = _pixels(inputs, "pixel_values", "image_grid_thw", config)
     requests = []
     for ids in strip_padding(inputs):
+        shown_videos: list[Pixels] = []
+        shown_images: list[Pixels] = []
         taken: list[Pixels] = []
         for start, _ in runs(_is_feature(ids, config)):
-            waiting = videos if ids[start] == config.video_token_id else images
+            video = ids[start] == config.video_token_id
+            waiting, shown = (videos, shown_videos) if video else (images, shown_images)
             if not waiting:
                 raise PromptError(
                     "input_ids show more videos or images than there are pixel values; pass the "
                     "processor's output unchanged."
                 )
-            taken.append(waiting.pop(0))
-        shown = [ids[start] == config.video_token_id for start, _ in runs(_is_feature(ids, config))]
+            pixels = waiting.pop(0)
+            shown.append(pixels)
+            taken.append(pixels)
         prompt = layout_prompt(
-            ids,
-            [pixels.clip for pixels, video in zip(taken, shown, strict=True) if video],
-            [pixels.clip for pixels, video in zip(taken, shown, strict=True) if not video],
-            config,
+            ids, [p.clip for p in shown_videos], [p.clip for p in shown_images], config
         )
         requests.append(Request(prompt, tuple(taken)))
     if videos or images:
@@ -54,6 +57,11 @@ def layout_prompt(
     waiting_videos, waiting_images = list(enumerate(videos)), list(images)
     closing = torch.zeros_like(visual)
     for start, stop in runs(feature):
+        if not (waiting_videos if visual[start] else waiting_images):
+            raise PromptError(
+                "The prompt has more video or image placeholders than there are videos and images. "
+                "Does its text contain one?"
+            )
         if not visual[start]:
             _check_tokens("image", waiting_images.pop(0), stop - start)
             continue
@@ -75,13 +83,18 @@ def encode_pixels(model: Any, pixels: Pixels, selector: Any | None) -> tuple[Ten
     size = tower.spatial_merge_size
     clip = pixels.clip
     grid = torch.tensor([[clip.frames, clip.rows * size, clip.columns * size]])
-    values = pixels.values.to(tower.device, tower.dtype, non_blocking=True)
+    values = pixels.values.to(device_of(tower), tower.dtype)
     if selector is None:
         return tower(values, grid_thw=grid.to(values.device)).pooler_output, None
 
     # The tower undoes its window order on whatever its merger returns. Both mergers read the same
     # states, so letting the selector's columns ride along gives them the same treatment.
-    def append_selector(_: Any, states: tuple[Tensor], merged: Tensor) -> Tensor:
+    # Another thread may be in the same tower, so only this one's states get them.
+    thread = threading.get_ident()
+
+    def append_selector(_: Any, states: tuple[Tensor], merged: Tensor) -> Tensor | None:
+        if threading.get_ident() != thread:
+            return None
         return torch.cat((merged, selector.project(states[0]).to(merged.device)), -1)
 
     handle = tower.merger.register_forward_hook(append_selector)
@@ -90,7 +103,8 @@ def encode_pixels(model: Any, pixels: Pixels, selector: Any | None) -> tuple[Ten
     finally:
         handle.remove()
     width = both.shape[-1] - selector.hidden_size
-    return both[:, :width], both[:, width:]
+    # The wider of the two dtypes carried both.
+    return both[:, :width].to(tower.dtype), both[:, width:].to(selector.dtype)
 
 
 def _is_feature(ids: Tensor, config: Any) -> Tensor:

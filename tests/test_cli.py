@@ -110,7 +110,8 @@ def test_one_json_object(folder: Path) -> None:
     assert report["decided_by"]["sampling"]["frames"] == 10
     assert 0 < len(report["moments"]) <= 5
     for moment in report["moments"]:
-        assert set(moment) == {"start", "end", "score", "kept", "video"}
+        frames = {"first_frame", "last_frame"}
+        assert set(moment) == {"start", "end", "score", "kept", "video", *frames}
 
 
 def test_options_reach_method_and_sampling(folder: Path) -> None:

@@ -275,7 +275,7 @@ def test_out_of_memory_while_encoding_halves_the_chunk_and_says_so(
 ) -> None:
     applied = select(model, 24).flexselect
     architecture = applied.architecture
-    selector = applied.method.selector_for(architecture)
+    selector = applied.method.encodes_for
     [request] = architecture.read(family.inputs([Video(7), Video(4, 1), QUESTION]))
     expected = encode(architecture, request.pixels, selector)
     device = SmallDevice(architecture, fits=2)

@@ -95,7 +95,7 @@ def test_streamed_encoding_equals_at_once(
     family: Family, model: Any, select: Callable[..., Any]
 ) -> None:
     applied = select(model, 24).flexselect
-    selector = applied.method.selector_for(applied.architecture)
+    selector = applied.method.encodes_for
     [request] = applied.architecture.read(family.inputs([Image(), Video(5), *SHORT]))
     at_once = encode(applied.architecture, request.pixels, selector, frames_per_chunk=99)
     for frames_per_chunk in (1, 2, 3):

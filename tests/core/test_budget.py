@@ -38,6 +38,12 @@ def test_set_quotas(budget: int, sizes: list[int]) -> None:
     if budget >= sum(sizes):
         assert quotas == sizes
         return
+    filled = [i for i, size in enumerate(sizes) if size]
+    if budget < len(filled):
+        # Too few for every set: one each, as far as they go.
+        assert [i for i, quota in enumerate(quotas) if quota] == filled[:budget]
+        assert sum(quotas) == budget
+        return
     # Sets that are not kept whole get equal quotas, and no smaller one than any kept whole.
     cut = {quota for quota, size in zip(quotas, sizes, strict=True) if quota < size}
     assert len(cut) <= 1

@@ -77,12 +77,9 @@ def test_everything_after_the_last_visual_token_asks_but_images() -> None:
     assert asking == ")qq"
 
 
-def test_query_mask_from_the_newest_turn() -> None:
+def test_the_text_after_the_video_asks() -> None:
     visual = torch.tensor([False, True, True, False, False, False])
     assert query_mask(visual, visual).tolist() == [False] * 3 + [True] * 3
-    assert query_mask(visual, visual, start=4).tolist() == [False] * 4 + [True] * 2
-    # A start before the end of the video does not make its prefix ask.
-    assert query_mask(visual, visual, start=0).tolist() == [False] * 3 + [True] * 3
 
 
 def test_without_a_video_nobody_asks() -> None:

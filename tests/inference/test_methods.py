@@ -190,11 +190,13 @@ def test_uniform_spaces_whole_frames_evenly(frames: int, count: int, extra: int)
     assert abs(int(shown[0]) - (frames - 1 - int(shown[-1]))) <= 1
 
 
-def test_uniform_keeps_a_frame_of_every_video_however_small_the_budget() -> None:
-    """A control needs something to look at; the one method that may exceed its budget."""
-    found = select(Uniform(budget=1), encoded(5, 2))
+def test_uniform_never_exceeds_its_budget() -> None:
+    """A share below one frame keeps nothing of that video; no frame at all is an error."""
+    found = select(Uniform(budget=6), encoded(5, 2))
     assert found.kept_per_frame(0).tolist() == [0, 0, 4, 0, 0]
-    assert found.kept_per_frame(1).tolist() == [0, 4]
+    assert found.kept_per_frame(1).tolist() == [0, 0]
+    with pytest.raises(OptionError, match="no whole frame"):
+        select(Uniform(budget=3), encoded(5, 2))
 
 
 def test_random_is_decided_by_seed_and_prompt() -> None:

@@ -103,7 +103,6 @@ def test_a_video_opened_without_the_selector_says_so(
         replace(opened, engine=lite).ask(QUESTION)
 
 
-@pytest.mark.xfail(reason="Engine takes anything for a method", raises=(TypeError, AttributeError))
 @pytest.mark.parametrize("method", ["uniform", FlexSelect])
 def test_a_method_that_is_none(stock: Any, processor: Any, clip: Path, method: Any) -> None:
     with pytest.raises(OptionError, match="method"):
