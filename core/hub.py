@@ -30,11 +30,23 @@ def local_folder(path_or_id: str | Path) -> Path:
             "'owner/name'."
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(str(path_or_id), allow_patterns=_FILES))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise CheckpointError(
+            f"{path_or_id} is no folder here, and the hub shows you no repository of that name. "
+            "Check the id; if the repository is private or gated, log in with: hf auth login"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{path_or_id} is no folder here, and the hub did not give it: {error}"
+            f"{path_or_id} is no folder here, not downloaded yet, and the hub cannot be reached "
+            f"({type(error).__name__}). Check the id and the network, or download it on a machine "
+            "with network and name the folder."
         ) from error

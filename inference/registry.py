@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from torch import nn
 
 from ..core.architecture import Architecture
 from ..core.checkpoint import read_json
-from ..core.errors import OptionError, UnsupportedModelError
+from ..core.errors import (
+    CheckpointError,
+    FlexSelectError,
+    OptionError,
+    UnsupportedModelError,
+)
 from ..core.hub import local_folder
 
 #: Class of a loaded model: (family, name of its `Architecture`).
@@ -30,14 +37,25 @@ CHECKPOINTS: dict[str, str] = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
 }
 
+#: Ways of spreading a model that accelerate knows by name.
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+
 
 def architecture_of(model: Any) -> Architecture:
     """Return the family's view of a loaded model, or raise `UnsupportedModelError`."""
-    for cls in type(model).__mro__:
-        if cls.__name__ in FAMILIES:
-            return _family(cls.__name__)(model)
+    name = _supported(model)
+    if name is not None:
+        return _family(name)(model)
+    what = type(model).__name__
+    inner = model.modules() if isinstance(model, nn.Module) else ()
+    wrapped = next(filter(None, map(_supported, inner)), None)
+    if wrapped is not None:
+        raise UnsupportedModelError(
+            f"{what} is a wrapper around a {wrapped}. Apply flexselect to the model inside, before "
+            "it is compiled or wrapped."
+        )
     raise UnsupportedModelError(
-        f"{type(model).__name__} is not supported. Supported classes: {', '.join(FAMILIES)}."
+        f"{what} is not supported. Supported classes: {', '.join(FAMILIES)}."
     )
 
 
@@ -63,22 +81,53 @@ def load_model(
     ------
     CheckpointError
         Files are missing, or keys and shapes do not all match: no weight is ever left random.
+    OptionError
+        A device is not there, or the attention kernel is unknown, not installed, or not for this
+        model.
     UnsupportedModelError
         No family loads this kind of checkpoint.
     """
     folder, family = _resolve(path_or_id)
-    if device is not None and device_map is not None:
-        raise OptionError("Give either device or device_map, not both.")
-    if device_map is None:
-        device_map = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = family.load_model(folder, _dtype(dtype), device_map, attn_implementation)
+    placed = _placement(device, device_map)
+    _check_attention(attn_implementation)
+    try:
+        model = family.load_model(folder, _dtype(dtype), placed, attn_implementation)
+    except (ImportError, ValueError) as error:
+        about_kernel = attn_implementation is not None and (
+            isinstance(error, ImportError) or attn_implementation in str(error)
+        )
+        if isinstance(error, FlexSelectError) or not about_kernel:
+            raise
+        raise OptionError(
+            f"attn_implementation {attn_implementation!r} cannot be used for this model here: "
+            f"{_first_line(error)} Install what it needs, or take 'sdpa'."
+        ) from error
     return model.eval()
 
 
 def load_processor(path_or_id: str | Path) -> Any:
-    """Load the processor of a checkpoint of a supported family."""
+    """Load the processor of a checkpoint of a supported family.
+
+    Raises
+    ------
+    CheckpointError
+        Its files are missing or damaged.
+    UnsupportedModelError
+        No family loads this kind of checkpoint.
+    """
     folder, family = _resolve(path_or_id)
-    return family.load_processor(folder)
+    try:
+        return family.load_processor(folder)
+    except FlexSelectError:
+        raise
+    # Of a damaged file, tokenizers raises no narrower class.
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder} holds no whole processor ({_first_line(error)}). Beside the weights there "
+            "must be processor_config.json or preprocessor_config.json, tokenizer_config.json, and "
+            "tokenizer.json or the files of a slow tokenizer. Download the checkpoint again, or "
+            "call save_pretrained of its processor with this folder."
+        ) from error
 
 
 def convert_model(
@@ -123,9 +172,61 @@ def _resolve(path_or_id: str | Path) -> tuple[Path, type[Architecture]]:
     return folder, _family(CHECKPOINTS[kind])
 
 
+def _supported(model: Any) -> str | None:
+    """Name the class of `FAMILIES` that a model is of."""
+    return next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in FAMILIES), None)
+
+
 def _family(class_name: str) -> type[Architecture]:
     family, name = FAMILIES[class_name]
     return getattr(import_module(f"..{family}.architecture", __package__), name)
+
+
+def _placement(device: str | torch.device | None, device_map: Any) -> Any:
+    """Check where a model shall go, and return it as a device map."""
+    if device is not None and device_map is not None:
+        raise OptionError("Give either device or device_map, not both.")
+    if device_map is None:
+        placed = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        _check_device("device", placed, "'cpu', 'cuda' or 'cuda:1'")
+        return placed
+    expected = f"one of {', '.join(map(repr, _SPREADS))}, a device, or a mapping to devices"
+    if isinstance(device_map, Mapping):
+        for module, place in device_map.items():
+            if place != "disk":
+                _check_device(f"device_map[{module!r}]", place, "'cpu', 'disk' or 'cuda:1'")
+    elif device_map not in _SPREADS:
+        _check_device("device_map", device_map, expected)
+    return device_map
+
+
+def _check_device(option: str, value: Any, expected: str) -> None:
+    """Raise `OptionError` unless ``value`` names a device of this machine."""
+    try:
+        device = torch.device(value)
+        module = torch.get_device_module(device)
+        count = module.device_count() if module.is_available() else 0
+    # Torch has no module for kinds that hold no data, such as meta, and not every one counts.
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise OptionError(f"{option} must be {expected}, got {value!r}.") from error
+    if (device.index or 0) >= count:
+        raise OptionError(
+            f"{option} {str(value)!r} is not there: torch sees {count} {device.type} device(s) on "
+            f"this machine. Expected {expected}."
+        )
+
+
+def _check_attention(name: str | None) -> None:
+    """Raise `OptionError` for an attention kernel that transformers does not know."""
+    known = ["eager", *transformers.AttentionInterface().valid_keys()]
+    if name is not None and name not in known:
+        raise OptionError(
+            f"attn_implementation must be one of {', '.join(sorted(set(known)))}, got {name!r}."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
