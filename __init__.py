@@ -16,7 +16,13 @@ from .core.errors import (
 from .core.selection import Moment, Selection
 from .inference.apply import apply, is_applied, remove
 from .inference.methods import FlexSelect, Full, Method, Random, Uniform
-from .inference.registry import architecture_of, load_model, load_processor
+from .inference.registry import (
+    architecture_of,
+    convert_model,
+    load_model,
+    load_processor,
+    load_selector,
+)
 from .inference.session import Answer, Chat, Video, open_video
 
 __version__ = "0.1.0"
@@ -40,9 +46,11 @@ __all__ = [
     "VideoError",
     "apply",
     "architecture_of",
+    "convert_model",
     "is_applied",
     "load_model",
     "load_processor",
+    "load_selector",
     "open_video",
     "remove",
 ]

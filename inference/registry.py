@@ -130,6 +130,19 @@ def load_processor(path_or_id: str | Path) -> Any:
         ) from error
 
 
+def load_selector(path_or_id: str | Path, model: Any) -> Any:
+    """Load a Lite selector for ``model``, ours or in the format the reference publishes.
+
+    The same as giving its path to `FlexSelect`; for more than one use of one selector.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedModelError
+        Files are missing or do not match, or the selector is not for this model.
+    """
+    return architecture_of(model).load_selector(str(path_or_id))
+
+
 def convert_model(
     source: str | Path,
     destination: str | Path,
