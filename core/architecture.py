@@ -20,7 +20,7 @@ from .errors import PromptError, UnsupportedModelError
 from .layout import Clip, Prompt
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pixels:
     """One clip ready for the vision tower.
 
@@ -44,7 +44,7 @@ class Pixels:
         return replace(self, values=self.values[start * rows : stop * rows], clip=clip)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """One row of a batch: its prompt, and the pixels of its clips in order of appearance."""
 
@@ -172,10 +172,6 @@ class Architecture(ABC):
     def effective_budget(self, budget: int, prompt: Prompt) -> int:
         """Return the budget the family's reference would use for ``prompt``."""
         return budget
-
-    def continue_from(self, positions: Sequence[Tensor]) -> None:
-        """Prepare a caller's own decoding loop to go on after prompts with these positions."""
-        return
 
     # -- files -------------------------------------------------------------------------------
 

@@ -12,9 +12,11 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from ..core.architecture import Architecture
 from ..core.errors import FlexSelectError, OptionError, PromptError
@@ -64,9 +66,12 @@ def apply(model: Any, method: Method | None = None, **knobs: Any) -> Any:
 
 
 def remove(model: Any) -> Any:
-    """Undo `apply`: the model is exactly what it was. Harmless where nothing is applied."""
+    """Undo `apply`: the model's methods are its own again. Harmless where nothing is applied.
+
+    Raises `FlexSelectError` where something else was put on top meanwhile.
+    """
     if is_applied(model):
-        model.flexselect.detach()
+        model.flexselect.detach(model)
         del model.flexselect
     return model
 
@@ -97,6 +102,8 @@ class Applied:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.selections: list[Selection | None] = []
+        # For the cache of a selected prompt: by row, the next position less the cached tokens.
+        self._following: WeakKeyDictionary[Cache, Tensor] = WeakKeyDictionary()
         model = engine.model
         self._before = {name: model.__dict__.get(name) for name in _PATCHED}
         #: The model's own methods, which do not select.
@@ -116,13 +123,21 @@ class Applied:
         """The family's view of the model."""
         return self.engine.architecture
 
-    def detach(self) -> None:
-        """Give the model its own methods back."""
+    def detach(self, model: Any) -> None:
+        """Give ``model`` its own methods back, or raise where something was put on top of ours."""
+        for name in _PATCHED:
+            # A copy of the model has copies of ours.
+            bound = getattr(model.__dict__.get(name), "func", None)
+            if getattr(bound, "__func__", None) is not getattr(Applied, f"_{name}"):
+                raise FlexSelectError(
+                    f"{name} of this model was replaced after a method was applied. Undo that "
+                    "first, then call flexselect.remove(model)."
+                )
         for name, value in self._before.items():
             if value is None:
-                delattr(self.engine.model, name)
+                delattr(model, name)
             else:
-                setattr(self.engine.model, name, value)
+                setattr(model, name, value)
 
     @torch.no_grad()
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +160,7 @@ class Applied:
         """Run the model on the selected tokens; logits are those of the shorter prompt."""
         kwargs = _by_name(self.stock_forward, args, kwargs)
         if not self._selects(kwargs):
-            return self.stock_forward(**kwargs)
+            return self.stock_forward(**self._continued(kwargs))
         if kwargs.get("labels") is not None:
             raise OptionError(
                 "labels cannot be used while a method is applied: dropped tokens have no logits. "
@@ -154,8 +169,28 @@ class Applied:
         mask = kwargs.get("attention_mask")
         left = mask is None or bool(mask[:, -1].all())
         prefill, options, positions = self._prepare(kwargs, left)
-        self.architecture.continue_from(positions)
-        return self.stock_forward(**prefill, **options)
+        out = self.stock_forward(**prefill, **options)
+        values = out if isinstance(out, tuple) else out.values()
+        for cache in (value for value in values if isinstance(value, Cache)):
+            following = torch.stack([part.amax(-1) + 1 for part in positions], -1)
+            self._following[cache] = following - prefill["inputs_embeds"].shape[1]
+        return out
+
+    def _continued(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Give tokens after a selected prompt the positions that follow it, as `generate` does.
+
+        Left alone, the model would count the tokens of its cache.
+        """
+        cache = kwargs.get("past_key_values")
+        tokens = kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        if cache is None or tokens is None or kwargs.get("position_ids") is not None:
+            return kwargs
+        if cache not in self._following:
+            return kwargs
+        counted = int(cache.get_seq_length()) + torch.arange(tokens.shape[1])
+        positions = self._following[cache][..., None] + counted
+        return {**kwargs, "position_ids": positions.to(tokens.device)}
 
     def _selects(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether this call brings a new prompt with a video."""
@@ -178,12 +213,13 @@ class Applied:
         self, kwargs: dict[str, Any], left: bool
     ) -> tuple[dict[str, Tensor], dict[str, Any], list[Tensor]]:
         """Turn a processor's batch into the prefill of what stays, and the caller's options."""
-        self.selections = []
-        parts = []
+        selections, parts = [], []
         for request in self.architecture.read(kwargs):
             encoded = self.engine.encode(request)
-            self.selections.append(self.engine.select(encoded))
-            parts.append(self.engine.gather(encoded, self.selections[-1]))
+            selections.append(self.engine.select(encoded))
+            parts.append(self.engine.gather(encoded, selections[-1]))
+        # Assigned whole: another thread may be answering from the same model.
+        self.selections = selections
         taken = {"input_ids", "attention_mask", "position_ids", *self.architecture.vision_inputs}
         options = {name: value for name, value in kwargs.items() if name not in taken}
         return self.engine.prefill(parts, left), options, [positions for _, positions in parts]

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 import flexselect
 from flexselect import FlexSelect, Full, OptionError
 
-from .factories import Family, Image, Video, knobs, unpatched_positions
+from .factories import Family, Image, Video, encoded, knobs, unpatched_positions
 
 QUESTION = "What is it?"
 TWO_ROWS = ([Video(7, 1), QUESTION], [Image(), Video(5, 2), "And why, would you say, is that so?"])
@@ -330,6 +330,41 @@ def test_a_decoding_loop_of_the_callers_own(
             out = model(input_ids=answer[-1], past_key_values=out.past_key_values, use_cache=True)
             answer.append(out.logits[:, -1:].argmax(-1))
     assert torch.equal(torch.cat(answer, 1)[0], expected)
+
+
+def test_two_decoding_loops_at_a_time(
+    family: Family, model: Any, select: Callable[..., Any]
+) -> None:
+    """A padded batch and another prompt, step by step in turns: each goes on from its own end."""
+    select(model, 24, positions="original")
+    batches = [family.inputs(*TWO_ROWS), family.inputs([Video(12), "Long?"])]
+    expected = [
+        model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, -5:] for inputs in batches
+    ]
+    with torch.no_grad():
+        outs = [model(**inputs, use_cache=True) for inputs in batches]
+        masks = [
+            model.flexselect.engine.prefill(gathered(model, b))["attention_mask"] for b in batches
+        ]
+        answers = [[out.logits[:, -1:].argmax(-1)] for out in outs]
+        for _ in range(4):
+            for index, out in enumerate(outs):
+                last = answers[index][-1]
+                masks[index] = torch.cat((masks[index], torch.ones_like(last)), 1)
+                out = model(
+                    input_ids=last,
+                    attention_mask=masks[index],
+                    past_key_values=out.past_key_values,
+                    use_cache=True,
+                )
+                answers[index].append(out.logits[:, -1:].argmax(-1))
+    for answer, tokens in zip(answers, expected, strict=True):
+        assert torch.equal(torch.cat(answer, 1), tokens)
+
+
+def gathered(model: Any, inputs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    engine = model.flexselect.engine
+    return [engine.gather(row, engine.select(row)) for row in encoded(model.flexselect, inputs)]
 
 
 def test_logits_to_keep_counts_from_the_end(family: Family, model: Any) -> None:
