@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.architecture import Architecture
 from ..core.errors import OptionError
-from .presets import Preset
+
+if TYPE_CHECKING:  # presets check their own sampling here
+    from .presets import Preset
 
 #: Options that decide which pictures of a video are looked at, and at what size.
 SAMPLING = ("fps", "frames", "min_frames", "max_frames", "min_pixels", "max_pixels")
