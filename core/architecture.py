@@ -279,3 +279,30 @@ def runs(mask: Tensor) -> list[tuple[int, int]]:
     padded = torch.nn.functional.pad(mask.to(torch.int8), (1, 1))
     edges = padded.diff().nonzero()[:, 0].tolist()
     return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def repeat_tokens(ids: Tensor, token: int, counts: Sequence[int]) -> Tensor:
+    """Repeat the placeholders of a prompt after it was tokenised with one for each.
+
+    A placeholder is a token of its own whatever stands beside it, so this equals tokenising the
+    expanded text, without the time that takes for 100,000 of them.
+
+    Parameters
+    ----------
+    ids : int64 ``(tokens,)``.
+    token : id of the placeholder.
+    counts : how often each stands in the result, in order.
+
+    Raises
+    ------
+    PromptError
+        There are more or fewer placeholders than counts.
+    """
+    places = (ids == token).nonzero()[:, 0]
+    if len(places) != len(counts):
+        raise PromptError(
+            f"The prompt has {len(places)} places for a video, but there are {len(counts)}."
+        )
+    repeats = torch.ones_like(ids)
+    repeats[places] = torch.tensor(counts, dtype=repeats.dtype)
+    return ids.repeat_interleave(repeats)

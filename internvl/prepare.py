@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.architecture import Pixels
+from ..core.architecture import Pixels, repeat_tokens
 from ..core.layout import Clip
 from .processing import expand_videos
 
@@ -28,4 +28,9 @@ def prepare_pixels(
 def expand_prompt(processor: Any, text: str, videos: Sequence[Clip]) -> Tensor:
     """Tokenise a templated prompt with each video placeholder as its visual tokens."""
     filled = expand_videos(processor, text, [clip.frames for clip in videos])
-    return processor.tokenizer(filled, return_tensors="pt")["input_ids"][0]
+    # One placeholder a frame is enough for the tokenizer; the rest are repeated after it.
+    number = processor.image_seq_length
+    ids = processor.tokenizer(
+        filled.replace(processor.image_token * number, processor.image_token), return_tensors="pt"
+    )["input_ids"][0]
+    return repeat_tokens(ids, processor.image_token_id, [number] * sum(c.frames for c in videos))

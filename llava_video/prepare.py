@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.architecture import Pixels
-from ..core.errors import PromptError
+from ..core.architecture import Pixels, repeat_tokens
 from ..core.layout import Clip
 from .modeling import video_tokens
 
@@ -27,14 +26,7 @@ def prepare_pixels(
 
 def expand_prompt(processor: Any, text: str, videos: Sequence[Clip]) -> Tensor:
     """Tokenise a templated prompt with each video placeholder as its visual tokens."""
-    token = processor.video_token
-    pieces = text.split(token)
-    if len(pieces) != len(videos) + 1:
-        raise PromptError(
-            f"The prompt has {len(pieces) - 1} places for a video, but there are {len(videos)}."
-        )
-    filled = pieces[0]
-    for clip, rest in zip(videos, pieces[1:], strict=True):
-        number = video_tokens(clip.frames, processor.frame_grid, processor.newline_position)
-        filled += token * number + rest
-    return processor.tokenizer(filled, return_tensors="pt")["input_ids"][0]
+    ids = processor.tokenizer(text, return_tensors="pt")["input_ids"][0]
+    grid, newline = processor.frame_grid, processor.newline_position
+    counts = [video_tokens(clip.frames, grid, newline) for clip in videos]
+    return repeat_tokens(ids, processor.video_token_id, counts)

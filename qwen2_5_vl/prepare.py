@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.architecture import Pixels
-from ..core.errors import OptionError, PromptError, VideoError
+from ..core.architecture import Pixels, repeat_tokens
+from ..core.errors import OptionError, VideoError
 from ..core.layout import Clip
 
 #: Neighbouring pictures that the tower merges into one frame.
@@ -124,16 +124,9 @@ def prepare_pixels(processor: Any, pictures: Tensor, seconds_per_picture: float)
 
 def expand_prompt(processor: Any, text: str, videos: Sequence[Clip]) -> Tensor:
     """Tokenise a templated prompt with each video placeholder as its visual tokens."""
-    token = processor.video_token
-    pieces = text.split(token)
-    if len(pieces) != len(videos) + 1:
-        raise PromptError(
-            f"The prompt has {len(pieces) - 1} places for a video, but there are {len(videos)}."
-        )
-    filled = pieces[0]
-    for clip, rest in zip(videos, pieces[1:], strict=True):
-        filled += token * (clip.frames * clip.rows * clip.columns) + rest
-    return processor.tokenizer(filled, return_tensors="pt")["input_ids"][0]
+    ids = processor.tokenizer(text, return_tensors="pt")["input_ids"][0]
+    counts = [clip.frames * clip.rows * clip.columns for clip in videos]
+    return repeat_tokens(ids, processor.video_token_id, counts)
 
 
 def _vision_process() -> Any:
