@@ -128,9 +128,11 @@ def default_recipe(family: Family) -> Recipe:
     room = len(family.frame_slots()[0]) * 16 // family.pictures_per_frame - 32
     # Looking marks up takes M-RoPE longer to get right than plain positions.
     questions = 600 if family.name == "qwen2_5_vl" else 350
+    # SigLIP, whose patches LLaVA-Video projects before pooling them, learns places last.
+    towers = 800 if family.name == "llava_video" else 300
     short, long = 8, 16
     return Recipe(
-        tower_steps=300,
+        tower_steps=towers,
         tower_scenes=160,
         tower_rate=2.5e-3,
         pool_scenes=80 * REEL,
