@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +15,26 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from transformers.utils import logging as logging_of_transformers
 
 from . import __version__
+from .core.budget import check_budget
 from .core.errors import FlexSelectError, OptionError
+from .core.selection import Selection
+from .inference.apply import method_from
+from .inference.features import FRAMES_PER_CHUNK
+from .inference.methods import METHODS, FlexSelect, Positions, Query
+from .inference.policy import check_sampling
+from .inference.presets import FOLDER, load_presets
+from .inference.registry import (
+    CHECKPOINTS,
+    FAMILIES,
+    convert_model,
+    load_model,
+    load_processor,
+)
+from .inference.session import Answer, Video, check_question, open_video
+from .inference.video import probe
 
 app = typer.Typer(
     help="Answer questions about long videos from the visual tokens that matter.",
@@ -31,27 +47,10 @@ out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
 
-class Positions(str, Enum):
-    """Choices of ``--positions``."""
-
-    original = "original"
-    compact = "compact"
-
-
-class Query(str, Enum):
-    """Choices of ``--query``."""
-
-    all = "all"
-    last = "last"
-
-
-class MethodName(str, Enum):
-    """Choices of ``--method``."""
-
-    flexselect = "flexselect"
-    full = "full"
-    uniform = "uniform"
-    random = "random"
+def _known_method(name: str) -> str:
+    if name not in METHODS:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(METHODS)}.")
+    return name
 
 
 def _version(wanted: bool) -> None:
@@ -79,24 +78,39 @@ def ask(
     question: Annotated[str, typer.Argument(help="What to ask about it.", show_default=False)],
     model: Annotated[str, typer.Option(help="Folder or hub id of the model.", show_default=False)],
     method: Annotated[
-        MethodName, typer.Option(help="How to choose tokens.")
-    ] = MethodName.flexselect,
+        str,
+        typer.Option(
+            help="How to choose tokens.", parser=_known_method, metavar=f"<{'|'.join(METHODS)}>"
+        ),
+    ] = FlexSelect.name,
     selector: Annotated[
         str | None, typer.Option(help="Folder or hub id of a Lite selector.")
     ] = None,
-    budget: Annotated[int | None, typer.Option(help="Visual tokens that may stay.")] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(help="Visual tokens that may stay; Qwen2.5-VL rounds up to whole frames."),
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="Reference layer, from 0.")] = None,
     aggregation: Annotated[
         str | None, typer.Option(help="max or mean, over heads and asking tokens.")
     ] = None,
     query: Annotated[Query | None, typer.Option(help="Which text tokens ask.")] = None,
     frames_per_set: Annotated[int | None, typer.Option(help="Most frames of a set.")] = None,
+    sets_per_batch: Annotated[
+        int | None, typer.Option(help="Sets ranked in one pass; default: what the device holds.")
+    ] = None,
     positions: Annotated[
         Positions | None, typer.Option(help="Position ids of kept tokens.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="What to draw from, with --method random.", min=0)
     ] = None,
     fps: Annotated[float | None, typer.Option(help="Pictures a second to look at.")] = None,
     frames: Annotated[
         int | None, typer.Option(help="Pictures to look at, instead of --fps.")
+    ] = None,
+    min_frames: Annotated[
+        int | None, typer.Option(help="Least pictures to look at with --fps.")
     ] = None,
     max_frames: Annotated[
         int | None, typer.Option(help="Most pictures to look at with --fps.")
@@ -128,49 +142,36 @@ def ask(
 ) -> None:
     """Answer QUESTION about VIDEO, and say what the answer was read from."""
     with _errors():
-        from transformers.utils import logging as logging_of_transformers
-
-        from .core.budget import check_budget
-        from .inference.apply import method_from
-        from .inference.features import FRAMES_PER_CHUNK
-        from .inference.methods import METHODS
-        from .inference.policy import check_sampling
-        from .inference.registry import load_model, load_processor
-        from .inference.session import check_question, open_video
-        from .inference.video import probe
-
         knobs = {
             "selector": selector,
             "budget": budget,
             "layer": layer,
             "aggregation": aggregation,
-            "query": None if query is None else query.value,
+            "query": query,
             "frames_per_set": frames_per_set,
-            "positions": None if positions is None else positions.value,
+            "sets_per_batch": sets_per_batch,
+            "positions": positions,
+            "seed": seed,
         }
         given = {name: value for name, value in knobs.items() if value is not None}
-        chosen = method_from(METHODS[method.value], given)
-        # What is wrong whatever the model should not cost the time it takes to load one.
-        if budget is not None:
-            check_budget(budget)
+        chosen = method_from(METHODS[method], given)
         sampling = check_sampling(
             {
                 "fps": fps,
                 "frames": frames,
+                "min_frames": min_frames,
                 "max_frames": max_frames,
                 "min_pixels": min_pixels,
                 "max_pixels": max_pixels,
             }
         )
-        check_question(question)
-        if save is not None:
-            _check_writable(save)
-        probe(video)
+        _check_before_loading(video, question, budget, save)
         logging_of_transformers.disable_progress_bar()
         with _progress(quiet or as_json) as progress:
             progress("load", 0, 1)
-            loaded = load_model(model, dtype, device, device_map, attn)
+            # First the processor: where it is missing, that should not cost loading the weights.
             processor = load_processor(model)
+            loaded = load_model(model, dtype, device, device_map, attn)
             progress("load", 1, 1)
             opened = open_video(
                 loaded,
@@ -183,16 +184,7 @@ def ask(
                 **sampling,
             )
             answer = opened.ask(question, progress, max_new_tokens=max_new_tokens)
-        report = {
-            "answer": answer.text,
-            "cut": answer.cut,
-            "question": question,
-            "visual_tokens": answer.selection.num_visual,
-            "kept_tokens": len(answer.selection.kept),
-            "seconds": {**opened.seconds, **answer.seconds},
-            "moments": [vars(moment) for moment in answer.selection.moments(moments)],
-            "decided_by": answer.selection.settings,
-        }
+        report = _report(opened, question, answer, moments)
         if as_json:
             typer.echo(json.dumps(report, indent=1))
         else:
@@ -206,10 +198,7 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List the families, the checkpoints they load, and the presets."""
-    from .inference.presets import FOLDER, load_presets
-    from .inference.registry import CHECKPOINTS, FAMILIES
-
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "family": family,
             "model": name,
@@ -253,8 +242,6 @@ def convert(
     Nothing that looks finished appears before everything is written.
     """
     with _errors():
-        from .inference.registry import convert_model
-
         with _progress(quiet) as progress:
             made = convert_model(
                 source,
@@ -269,6 +256,33 @@ def convert(
 def main() -> None:
     """Run the command."""
     app()
+
+
+def _check_before_loading(
+    video: Path, question: str, budget: int | None, save: Path | None
+) -> None:
+    """Refuse what is wrong whatever the model: it should not cost the time to load one."""
+    if budget is not None:
+        check_budget(budget)
+    check_question(question)
+    if save is not None:
+        _check_writable(save)
+    probe(video)
+
+
+def _report(video: Video, question: str, answer: Answer, moments: int) -> dict[str, Any]:
+    """Collect what an answer says and what decided it, as ``--json`` prints it."""
+    selection = answer.selection
+    return {
+        "answer": answer.text,
+        "cut": answer.cut,
+        "question": question,
+        "visual_tokens": selection.num_visual,
+        "kept_tokens": len(selection.kept),
+        "seconds": {**video.seconds, **answer.seconds},
+        "moments": [vars(moment) for moment in selection.moments(moments)],
+        "decided_by": selection.settings,
+    }
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -309,7 +323,7 @@ def _check_writable(path: Path) -> None:
         )
 
 
-def _save(selection: Any, path: Path) -> None:
+def _save(selection: Selection, path: Path) -> None:
     try:
         selection.save(path)
     except OSError as error:
@@ -318,9 +332,10 @@ def _save(selection: Any, path: Path) -> None:
 
 def _stamp(seconds: float) -> str:
     """Write seconds as h:mm:ss.s."""
-    minutes, rest = divmod(seconds, 60)
-    hours, minutes = divmod(int(minutes), 60)
-    return f"{hours}:{minutes:02d}:{rest:04.1f}" if hours else f"{minutes}:{rest:04.1f}"
+    minutes, tenths = divmod(round(seconds * 10), 600)
+    hours, minutes = divmod(minutes, 60)
+    rest = f"{tenths / 10:04.1f}"
+    return f"{hours}:{minutes:02d}:{rest}" if hours else f"{minutes}:{rest}"
 
 
 @contextmanager
