@@ -9,12 +9,18 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor
 from transformers import InternVLForConditionalGeneration, InternVLProcessor
 
-from ..core.checkpoint import Checkpoint, load_into, read_json, some
-from ..core.errors import CheckpointError, UnsupportedModelError
+from ..core.checkpoint import read_json
+from ..core.errors import UnsupportedModelError
 from ..core.hub import local_folder
+from ..core.loading import (
+    check_class,
+    check_sizes,
+    fill_selector,
+    keep_key,
+    load_pretrained,
+)
 from .convert import load_original
 from .convert import load_processor as load_original_processor
 from .original import ORIGINAL, convert_text_config, selector_tensor
@@ -34,23 +40,9 @@ def load_model(
         return load_original(
             folder, dtype=dtype, device_map=device_map, attn_implementation=attn_implementation
         )
-    Checkpoint(folder)  # names missing and damaged files better than what follows would
-    model, report = InternVLForConditionalGeneration.from_pretrained(
-        folder,
-        dtype="auto" if dtype is None else dtype,
-        device_map=device_map,
-        attn_implementation=attn_implementation,
-        # Reported below with the rest, instead of an error that names no weight.
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
+    return load_pretrained(
+        InternVLForConditionalGeneration, folder, dtype, device_map, attn_implementation
     )
-    wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
-    if wrong:
-        raise CheckpointError(
-            f"{folder} does not fit InternVL: "
-            + "; ".join(f"{what}: {some(names)}" for what, names in wrong.items())
-        )
-    return model
 
 
 def load_processor(folder: Path) -> Any:
@@ -78,7 +70,7 @@ def load_selector(path: str, model: Any) -> InternVLSelector:
     kinds = [kind for kind in raw.get("architectures") or [] if kind in PUBLISHED]
     if raw.get("model_type") == InternVLSelectorConfig.model_type:
         config = InternVLSelectorConfig.from_dict(raw)
-        convert: Any = _keep_key
+        convert: Any = keep_key
     elif kinds:
         config = selector_config(raw, model.config, own_tokens=not PUBLISHED[kinds[0]])
         convert = partial(selector_tensor, text_config=config.text_config)
@@ -89,34 +81,24 @@ def load_selector(path: str, model: Any) -> InternVLSelector:
         )
     with init_empty_weights():
         selector = InternVLSelector(config)
-    load_into(selector, Checkpoint(folder), convert, dtype=model.dtype, device=model.device)
-    selector.name_or_path = str(path)
+    selector = fill_selector(selector, folder, convert, model, str(path))
     check_fit(selector, model)
     if config.own_tokens:
-        selector.translate = _translator(folder, Path(model.config._name_or_path))
-    return selector.to(model.device).eval()
+        selector.translate = _translator(folder, model)
+    return selector
 
 
 def check_fit(selector: Any, model: Any) -> None:
     """Check that ``selector`` is one of this family, for a tower like the one of ``model``."""
-    if not isinstance(selector, InternVLSelector):
-        raise UnsupportedModelError(
-            f"A selector of class {type(selector).__name__} does not fit InternVL; give an "
-            "InternVLSelector."
-        )
+    check_class(selector, InternVLSelector)
     theirs = model.config
-    pairs = {
+    sizes = {
         "width of the shuffled tower features": (
             selector.config.vision_hidden_size,
             theirs.vision_config.hidden_size * int(1 / theirs.downsample_ratio) ** 2,
         ),
     }
-    for what, (selector_has, model_has) in pairs.items():
-        if selector_has != model_has:
-            raise UnsupportedModelError(
-                f"The selector {selector.name_or_path} does not fit this model: {what} "
-                f"{selector_has}, the model has {model_has}."
-            )
+    check_sizes(selector, sizes)
 
 
 def selector_config(
@@ -132,12 +114,11 @@ def selector_config(
     )
 
 
-def _translator(selector: Path, model: Path) -> Translator | None:
+def _translator(selector: Path, model: Any) -> Translator | None:
     """Build the translator from the tokenizers beside the weights, or None where one is missing."""
-    if not (added_tokens(selector) and added_tokens(model)):
+    if not (model.name_or_path and added_tokens(selector)):
         return None
-    return Translator(load_processor(model).tokenizer, load_tokenizer(selector))
-
-
-def _keep_key(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    return [(name, tensor)]
+    folder = local_folder(model.name_or_path)
+    if not added_tokens(folder):
+        return None
+    return Translator(load_processor(folder).tokenizer, load_tokenizer(selector))

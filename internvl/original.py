@@ -253,6 +253,13 @@ def selector_tensor(
     return _text_tensor(name, tensor, text_config, "language_model")
 
 
+def tied_keys(config: InternVLConfig) -> dict[str, str]:
+    """Map the parameters that share another's weight to that other."""
+    if not config.tie_word_embeddings:
+        return {}
+    return {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+
 def _vision_tensor(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     rest = name.removeprefix("vision_model.")
     if rest in _VISION:

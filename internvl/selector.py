@@ -19,7 +19,7 @@ from transformers import (
 
 from ..core.decoder import device_of, reference_states
 from ..core.errors import CheckpointError
-from ..core.layout import NONE, Layout, Prompt
+from ..core.layout import Layout, Prompt
 from .positions import whole_positions
 
 _TEXT_CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -180,18 +180,21 @@ class Translator:
         starts = [0, *((marks.diff() != 0).any(0).nonzero()[:, 0] + 1).tolist(), len(layout)]
         parts: dict[str, list[Tensor]] = {name: [] for name in ("ids", *rows)}
         for start, stop in pairwise(starts):
-            ids = self._stretch(layout.ids[start:stop], bool(marks[2:4, start].any()))
+            picture = bool(layout.visual[start] or layout.feature[start])
+            ids = self._stretch(layout.ids[start:stop], picture, first=start == 0)
             parts["ids"].append(ids)
             for name, values in rows.items():
                 parts[name].append(values[start].expand(len(ids)))
         taken = Layout(**{name: torch.cat(values) for name, values in parts.items()})
         return Prompt(taken, prompt.videos, prompt.images)
 
-    def _stretch(self, ids: Tensor, picture: bool) -> Tensor:
+    def _stretch(self, ids: Tensor, picture: bool, first: bool) -> Tensor:
         if picture:
             tokens = self._source.convert_ids_to_tokens(ids.tolist())
             return torch.tensor(self._target.convert_tokens_to_ids(tokens))
-        # The selector's conversations begin without the model's BOS (fixtures, I3).
-        text = self._source.decode(ids[ids != (self._source.bos_token_id or NONE)])
+        if first and ids[0] == self._source.bos_token_id:
+            # The selector's conversations begin without the model's BOS (fixtures, I3).
+            ids = ids[1:]
+        text = self._source.decode(ids, clean_up_tokenization_spaces=False)
         again = self._target(text, add_special_tokens=False)["input_ids"]
         return torch.tensor(again, dtype=torch.long)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+from accelerate import init_empty_weights
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -17,6 +16,8 @@ from ..core.checkpoint import Checkpoint, load_into
 from ..core.checkpoint_writer import write_converted
 from ..core.errors import CheckpointError
 from ..core.hub import local_folder
+from ..core.loading import stored_dtype
+from ..core.placement import DeviceMap, Placement
 from .modeling import LlavaVideoConfig, LlavaVideoForConditionalGeneration
 from .original import (
     TOKENIZER_FILES,
@@ -29,8 +30,6 @@ from .original import (
 from .processing import LlavaVideoProcessor, build_processor
 
 logger = logging.getLogger(__name__)
-
-DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
 
 
 def load_original(
@@ -68,26 +67,24 @@ def load_original(
     config = convert_config(
         folder, spatial_pool_mode=spatial_pool_mode, newline_position=newline_position
     )
-    config.dtype = dtype or _stored_dtype(checkpoint)
+    config.dtype = dtype or stored_dtype(checkpoint)
     model = empty_model(config)
-    devices = _devices(model, device_map)
+    placement = Placement(model, device_map)
     load_into(
         model,
         checkpoint,
         convert_tensor,
         dtype=dtype,
-        device=lambda name: _device_of(name, devices),
+        device=placement,
         ignored=ignored_keys(config),
         tied=tied_keys(config),
     )
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.config._name_or_path = model.name_or_path = str(path)
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
-    model.eval()
-    if set(devices) == {""}:
-        return model.to(devices[""])
-    return dispatch_model(model, device_map=devices)
+    return placement.spread(model.eval())
 
 
 def convert_checkpoint(
@@ -120,7 +117,7 @@ def convert_checkpoint(
     config = convert_config(
         folder, spatial_pool_mode=spatial_pool_mode, newline_position=newline_position
     )
-    config.dtype = dtype or _stored_dtype(checkpoint)
+    config.dtype = dtype or stored_dtype(checkpoint)
     config.architectures = [LlavaVideoForConditionalGeneration.__name__]
     processor = None
     if has_tokenizer(folder):
@@ -179,36 +176,3 @@ def empty_model(config: LlavaVideoConfig) -> LlavaVideoForConditionalGeneration:
     """Build the model with its parameters on the meta device and its unstored buffers real."""
     with init_empty_weights(include_buffers=False):
         return LlavaVideoForConditionalGeneration(config)
-
-
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    return next(tensor.dtype for tensor in checkpoint.blank.values() if tensor.is_floating_point())
-
-
-def _devices(
-    model: LlavaVideoForConditionalGeneration, device_map: DeviceMap | None
-) -> dict[str, Any]:
-    """Return module name to device; ``""`` stands for the whole model."""
-    if isinstance(device_map, Mapping):
-        return dict(device_map)
-    if device_map != "auto":
-        return {"": "cpu" if device_map is None else device_map}
-    devices: dict[str, Any] = infer_auto_device_map(
-        model,
-        no_split_module_classes=sorted(model._no_split_modules or ()),
-        dtype=model.config.dtype,
-    )
-    if "disk" in devices.values():
-        raise CheckpointError(
-            "The model fits neither the GPUs nor the host memory. Convert it, and load the result "
-            "with from_pretrained and an offload folder."
-        )
-    return devices
-
-
-def _device_of(name: str, devices: Mapping[str, Any]) -> Any:
-    """Return the device of the longest module name that holds the parameter ``name``."""
-    inside = [m for m in devices if not m or name == m or name.startswith(f"{m}.")]
-    if not inside:
-        raise CheckpointError(f"device_map has no device for {name}.")
-    return devices[max(inside, key=len)]

@@ -144,19 +144,14 @@ def convert_tensor(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     return [(rename_prefix(name, _KEYS), tensor)]
 
 
-def selector_key(name: str) -> str:
-    """Rename a parameter of a published Lite selector.
+def selector_tensor(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """Rename one tensor of a published Lite selector; see `core.checkpoint.Convert`.
 
     The stored model is a Qwen2 without a head, with its own projector and newline. Here the Qwen2
     is ``language_model``, the projector ``projector`` with the stock model's layers, and the
     newline keeps its name, ``image_newline``.
     """
-    return rename_prefix(name, _SELECTOR_KEYS)
-
-
-def selector_tensor(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """Rename one tensor of a published Lite selector; see `selector_key`."""
-    return [(selector_key(name), tensor)]
+    return [(rename_prefix(name, _SELECTOR_KEYS), tensor)]
 
 
 def ignored_keys(config: LlavaVideoConfig) -> list[str]:

@@ -6,42 +6,40 @@ own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
-from ..core.checkpoint import Checkpoint, load_into, read_json, some
+from ..core.checkpoint import read_json
 from ..core.errors import CheckpointError, UnsupportedModelError
 from ..core.hub import local_folder
-from .convert import PUBLISHED, selector_config, selector_key
+from ..core.loading import (
+    TEXT_FIELDS,
+    check_class,
+    check_sizes,
+    fill_selector,
+    keep_key,
+    load_pretrained,
+)
+from ..core.relevance import check_aggregation
+from .original import selector_tensor
 from .selector import Qwen2_5_VLSelector, Qwen2_5_VLSelectorConfig
+
+#: ``architectures`` of the config.json that the reference's training writes.
+PUBLISHED = "Qwen2_5_Token_Selector_External"
 
 
 def load_model(
     folder: Path, dtype: torch.dtype | None, device_map: Any, attn_implementation: str | None
 ) -> Any:
     """Load a checkpoint; see `Architecture.load_model`."""
-    Checkpoint(folder)  # names missing and damaged files better than what follows would
-    model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder,
-        dtype="auto" if dtype is None else dtype,
-        device_map=device_map,
-        attn_implementation=attn_implementation,
-        # Reported below with the rest, instead of an error that names no weight.
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
+    return load_pretrained(
+        Qwen2_5_VLForConditionalGeneration, folder, dtype, device_map, attn_implementation
     )
-    wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
-    if wrong:
-        raise CheckpointError(
-            f"{folder} does not fit Qwen2.5-VL: "
-            + "; ".join(f"{what}: {some(names)}" for what, names in wrong.items())
-        )
-    return model
 
 
 def load_processor(folder: Path) -> Any:
@@ -63,10 +61,10 @@ def load_selector(path: str, model: Any) -> Qwen2_5_VLSelector:
     raw = read_json(folder / "config.json")
     if raw.get("model_type") == Qwen2_5_VLSelectorConfig.model_type:
         config = Qwen2_5_VLSelectorConfig.from_dict(raw)
-        convert = _keep_key
+        convert = keep_key
     elif PUBLISHED in (raw.get("architectures") or []):
-        config = selector_config(raw, model.config.vision_config)
-        convert = _convert_key
+        config = selector_config(raw, model.config)
+        convert = selector_tensor
     else:
         raise UnsupportedModelError(
             f"{path} is no selector for Qwen2.5-VL: its config.json says architectures="
@@ -74,35 +72,51 @@ def load_selector(path: str, model: Any) -> Qwen2_5_VLSelector:
         )
     with init_empty_weights():
         selector = Qwen2_5_VLSelector(config)
-    load_into(selector, Checkpoint(folder), convert, dtype=model.dtype, device=model.device)
-    selector.name_or_path = str(path)
+    selector = fill_selector(selector, folder, convert, model, str(path))
     check_fit(selector, model)
-    return selector.to(model.device).eval()
+    return selector
 
 
 def check_fit(selector: Any, model: Any) -> None:
     """Check that ``selector`` is one of this family, for a tower like the one of ``model``."""
-    if not isinstance(selector, Qwen2_5_VLSelector):
-        raise UnsupportedModelError(
-            f"A selector of class {type(selector).__name__} does not fit Qwen2.5-VL; give a "
-            "Qwen2_5_VLSelector."
-        )
+    check_class(selector, Qwen2_5_VLSelector)
     ours, theirs = selector.config, model.config
-    pairs = {
+    sizes = {
         "width of the vision tower": (ours.vision_hidden_size, theirs.vision_config.hidden_size),
         "spatial merge size": (ours.spatial_merge_size, theirs.vision_config.spatial_merge_size),
     }
-    for what, (selector_has, model_has) in pairs.items():
-        if selector_has != model_has:
-            raise UnsupportedModelError(
-                f"The selector {selector.name_or_path} does not fit this model: {what} "
-                f"{selector_has}, the model has {model_has}."
-            )
+    check_sizes(selector, sizes)
 
 
-def _convert_key(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    return [(selector_key(name), tensor)]
+def selector_config(published: Mapping[str, Any], model_config: Any) -> Qwen2_5_VLSelectorConfig:
+    """Translate a published selector's flat config.json, for the model it serves.
 
-
-def _keep_key(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    return [(name, tensor)]
+    Parameters
+    ----------
+    published : its config.json. Its rope decides: the training code forces yarn by 4 onto the
+        Qwen2 base, and the selector needs the same frequencies (fixtures, Q8).
+    model_config : of the model it serves. The published file does not describe a tower.
+    """
+    rope = dict(published.get("rope_scaling") or {})
+    rope_type = rope.pop("type", "default")
+    rope.setdefault("rope_type", rope_type)
+    rope["rope_theta"] = published.get("rope_theta", 1e6)
+    if "mrope_section" not in rope:
+        raise CheckpointError(
+            "The selector's config.json has no rope_scaling.mrope_section, so its positions are "
+            "unknown. Take the config.json it was published with."
+        )
+    layer = published.get("token_selector_layer")
+    vision = model_config.vision_config
+    return Qwen2_5_VLSelectorConfig(
+        text_config={
+            **{name: published[name] for name in TEXT_FIELDS if name in published},
+            "rope_parameters": rope,
+        },
+        vision_hidden_size=vision.hidden_size,
+        spatial_merge_size=vision.spatial_merge_size,
+        tokens_per_second=vision.tokens_per_second,
+        aggregation=check_aggregation(published.get("drop_func_name", "max")),
+        base_model=published.get("_name_or_path"),
+        teacher_layer=None if layer is None else int(layer),
+    )

@@ -23,8 +23,9 @@ FLOORS = {
 }
 FACE = 5
 
-#: Third parties of the model-agnostic core. huggingface_hub only fetches a checkpoint by its id.
-CORE_THIRD_PARTIES = {"torch", "safetensors", "huggingface_hub"}
+#: Third parties of the model-agnostic core. huggingface_hub only fetches a checkpoint by its id,
+#: and accelerate only spreads a model over devices.
+CORE_THIRD_PARTIES = {"torch", "safetensors", "huggingface_hub", "accelerate"}
 
 
 def modules() -> list[Path]:

@@ -330,7 +330,7 @@ class TestLoading:
         expected = logits(load_original(tmp_path))
         for device_map in ("cpu", "auto", {"model": "cpu", "lm_head": "cpu"}):
             assert torch.equal(logits(load_original(tmp_path, device_map=device_map)), expected)
-        with pytest.raises(CheckpointError, match="no device for lm_head"):
+        with pytest.raises(OptionError, match="no device for lm_head"):
             load_original(tmp_path, device_map={"model": "cpu"})
 
     def test_attention_is_the_callers_choice(self, tmp_path: Path) -> None:

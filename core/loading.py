@@ -1,0 +1,131 @@
+"""What loading has in common in all families: no weight is left random, no size goes unchecked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import Checkpoint, Convert, load_into, some
+from .errors import CheckpointError, UnsupportedModelError
+
+#: What a published selector's flat config.json says about its text model, rope aside.
+TEXT_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "use_sliding_window",
+)
+
+
+def load_pretrained(
+    cls: Any,
+    folder: Path,
+    dtype: torch.dtype | None,
+    device_map: Any,
+    attn_implementation: str | None,
+) -> Any:
+    """Load a checkpoint in the layout of transformers, all of it and nothing else.
+
+    Parameters
+    ----------
+    cls : the transformers class, with ``from_pretrained``.
+    folder, dtype, device_map, attn_implementation : as in `Architecture.load_model`.
+
+    Raises
+    ------
+    CheckpointError
+        A file is damaged, or a key or shape does not match; transformers would only report those
+        and leave random weights in their place.
+    """
+    Checkpoint(folder)  # names missing and damaged files better than what follows would
+    model, report = cls.from_pretrained(
+        folder,
+        dtype="auto" if dtype is None else dtype,
+        device_map=device_map,
+        attn_implementation=attn_implementation,
+        # Reported below with the rest, instead of an error that names no weight.
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
+    if wrong:
+        raise CheckpointError(
+            f"{folder} does not fit {cls.__name__}: "
+            + "; ".join(f"{what}: {some(names)}" for what, names in wrong.items())
+        )
+    return model
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
+    """Return the floating-point dtype of a checkpoint, None where it has several or none."""
+    found = {tensor.dtype for tensor in checkpoint.blank.values() if tensor.is_floating_point()}
+    return found.pop() if len(found) == 1 else None
+
+
+def fill_selector(selector: Any, folder: Path, convert: Convert, model: Any, name: str) -> Any:
+    """Fill a Lite selector whose parameters are on the meta device, in the model's dtype.
+
+    Parameters
+    ----------
+    selector : its buffers must be real.
+    folder : its checkpoint.
+    convert : the family's conversion of its keys; `keep_key` for our own layout.
+    model : the model it serves, whose dtype and device it takes.
+    name : where it came from, for records and messages.
+
+    Raises
+    ------
+    CheckpointError
+        Files are missing or damaged, or keys or shapes do not match.
+    """
+    load_into(selector, Checkpoint(folder), convert, dtype=model.dtype, device=model.device)
+    selector.name_or_path = name
+    return selector.to(model.device).eval()
+
+
+def keep_key(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """Convert nothing: for a checkpoint in our own layout."""
+    return [(name, tensor)]
+
+
+def check_class(selector: object, cls: type[nn.Module]) -> None:
+    """Raise `UnsupportedModelError` unless a Lite selector is of the family's class ``cls``."""
+    if not isinstance(selector, cls):
+        raise UnsupportedModelError(
+            f"A selector of class {type(selector).__name__} does not fit this model; give one of "
+            f"class {cls.__name__}."
+        )
+
+
+def check_sizes(selector: Any, sizes: Mapping[str, tuple[object, object]]) -> None:
+    """Compare a Lite selector with the model it shall serve.
+
+    Parameters
+    ----------
+    sizes : what is compared, to (what the selector has, what the model has).
+
+    Raises
+    ------
+    UnsupportedModelError
+        They differ.
+    """
+    for what, (ours, theirs) in sizes.items():
+        if ours != theirs:
+            raise UnsupportedModelError(
+                f"The selector {selector.name_or_path} does not fit this model: {what} {ours}, "
+                f"the model has {theirs}."
+            )
