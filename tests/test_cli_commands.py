@@ -21,11 +21,13 @@ from flexselect.inference.methods import METHODS, Positions, Query
 from flexselect.inference.policy import SAMPLING
 from flexselect.inference.presets import FOLDER, load_presets
 from flexselect.inference.registry import CHECKPOINTS, FAMILIES
+from flexselect.tests.architectures.factories import FAMILIES as UNDER_CONTRACT
 from flexselect.tests.llava_video.conftest import tokenizer as tokenizer_fixture
 from flexselect.tests.llava_video.test_convert import original
-from flexselect.tests.paths import FIXTURES, needs_fixtures
+from flexselect.tests.paths import FIXTURES, SMALL_MEDIA, needs_fixtures
 
 COMMAND = Path(sys.executable).with_name("flexselect")
+VIDEO = SMALL_MEDIA / "h265_video.mp4"
 tokenizer = tokenizer_fixture
 
 
@@ -192,6 +194,41 @@ def test_choices_are_those_of_the_library() -> None:
     help_text = CliRunner().invoke(app, ["ask", "--help"], env={"COLUMNS": "120"}).stdout
     for choices in (tuple(METHODS), get_args(Query), get_args(Positions)):
         assert "|".join(choices) in "".join(help_text.split())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2.5-VL with its processor."""
+    folder = tmp_path_factory.mktemp("model")
+    family = next(family for family in UNDER_CONTRACT if family.name == "qwen2_5_vl")
+    family.model().save_pretrained(folder)
+    family.processor().save_pretrained(folder)
+    return folder
+
+
+def decided(model: Path, *options: Any) -> dict[str, Any]:
+    """Ask about a small video, and return what decided the answer."""
+    size = ["--min-pixels", 768, "--max-pixels", 1536, "--device", "cpu", "--max-new-tokens", 1]
+    result = run("ask", VIDEO, "What?", "--model", model, *size, *options, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)["decided_by"]
+
+
+def test_knobs_and_bounds_reach_the_answer(model: Path) -> None:
+    drawn = ["--method", "random", "--budget", 32, "--frames", 10]
+    assert decided(model, *drawn, "--seed", 3)["seed"] == 3
+    assert decided(model, *drawn)["seed"] == 0
+    ranked = ["--budget", 32, "--layer", 1, "--frames-per-set", 2, "--sets-per-batch", 1]
+    bounds = ["--fps", 0.1, "--min-frames", 6, "--max-frames", 20]
+    settings = decided(model, *ranked, *bounds)
+    assert (settings["sets_per_batch"], settings["pictures"]) == (1, 6)
+    assert settings["sampling"]["min_frames"] == 6
+
+
+def test_a_missing_processor_costs_no_loading(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    result = run("ask", VIDEO, "What?", "--model", tmp_path)
+    refused(result, f"{tmp_path} holds no whole processor")
 
 
 @pytest.mark.parametrize("option", ["--seed", "--sets-per-batch"])
