@@ -98,9 +98,10 @@ def find_clips(ids: Tensor, config: Any) -> list[Shown]:
     Both are written with the same tokens, ``<img>``, placeholders, ``</img>``, so the text between
     pictures has to tell. An image is cut into tiles that share one pair of tags, a frame never is.
     Pictures of one tile are the frames of a video where they stand side by side (the reference's
-    prompt), where one line break parts them, or where lines label them alike up to a number
-    ("Frame1: ", "Frame2: ", the stock prompt; "Frame1 Time 0.5s: "). A label that comes again
-    begins another video. Any other picture is an image.
+    prompt), where a single token such as a line break parts them, or where lines label them alike
+    up to a number ("Frame1: ", "Frame2: ", the stock prompt; "Frame1 Time 0.5s: "). A label that
+    comes again begins another video. Any other picture is an image. So images of one tile that are
+    written like frames are taken for frames.
     """
     pictures, gaps = _pictures(ids, config)
     tiled = [stop - start != config.image_seq_length for start, stop in pictures]
