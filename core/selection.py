@@ -179,8 +179,9 @@ class Selection:
             tensors["scores"] = self.scores
         # safetensors refuses tensors that share memory, as these may.
         tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+        pair = uuid.uuid4().hex
         record = {
-            "pair": uuid.uuid4().hex,
+            "pair": pair,
             "kept": len(self.kept),
             "visual": self.num_visual,
             "moments": [vars(moment) for moment in self.moments()],
@@ -195,7 +196,7 @@ class Selection:
             ending: path.with_name(f".{path.name}.part{ending}") for ending in (_TENSORS, _RECORD)
         }
         try:
-            save_file(tensors, parts[_TENSORS], metadata={"pair": record["pair"]})
+            save_file(tensors, parts[_TENSORS], metadata={"pair": pair})
             parts[_RECORD].write_text(text)
             for ending, part in parts.items():
                 os.replace(part, path.with_name(path.name + ending))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -110,10 +111,8 @@ class Engine:
 
     def record(self) -> dict[str, Any]:
         """Name what decides a result besides the method's knobs and the video."""
-        from .. import __version__
-
         return {
-            "flexselect": __version__,
+            "flexselect": version("flexselect"),
             "family": self.architecture.family,
             "model": self.model.config._name_or_path,
             "preset": self.preset.name,

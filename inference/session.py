@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..core.architecture import Pixels
+from ..core.architecture import Architecture, Pixels
 from ..core.errors import OptionError, PromptError, VideoError
 from ..core.layout import Clip
 from ..core.selection import Moment, Selection
@@ -21,7 +23,15 @@ from .features import FRAMES_PER_CHUNK, Encoded, Features, Progress, encode
 from .methods import FlexSelect, Method
 from .policy import resolve_sampling
 from .timing import Clock, Tee
-from .video import DecodeReport, FrameStream, probe, read_frames, sample_fps, sample_uniform
+from .video import (
+    DecodeReport,
+    FrameStream,
+    VideoInfo,
+    probe,
+    read_frames,
+    sample_fps,
+    sample_uniform,
+)
 
 #: Answers are short unless asked otherwise.
 MAX_NEW_TOKENS = 256
@@ -273,23 +283,10 @@ def open_video(
     clock.start("decode")
     info = probe(path)
     try:
-        indices = architecture.sample(info.num_frames, info.fps, policy)
+        chosen = _sample(architecture, info, policy)
+        size = architecture.picture_size(info.height, info.width, len(chosen), policy)
     except VideoError as error:
         raise VideoError(f"{path}: {error}") from None
-    if indices is None:
-        chosen = (
-            sample_uniform(info, policy["frames"])
-            if policy.get("frames") is not None
-            else sample_fps(
-                info,
-                policy["fps"],
-                max_frames=policy.get("max_frames"),
-                min_frames=policy.get("min_frames", 1),
-            )
-        )
-    else:
-        chosen = indices.numpy()
-    size = architecture.picture_size(info.height, info.width, len(chosen), policy)
     group = architecture.pictures_per_frame
     stream = read_frames(info, chosen, backend=backend, chunk=frames_per_chunk * group, size=size)
     spacing = info.duration / len(chosen)
@@ -357,6 +354,19 @@ def _setting(options: Mapping[str, Any], default: Any, name: str) -> Any:
     given = options.get("generation_config")
     values = (options.get(name), getattr(given, name, None), getattr(default, name, None))
     return next((value for value in values if value is not None), None)
+
+
+def _sample(
+    architecture: Architecture, info: VideoInfo, policy: Mapping[str, Any]
+) -> NDArray[np.int64]:
+    """Choose pictures by the family's own policy, else evenly by number or by time."""
+    indices = architecture.sample(info.num_frames, info.fps, policy)
+    if indices is not None:
+        return indices.numpy()
+    if policy.get("frames") is not None:
+        return sample_uniform(info, policy["frames"])
+    bounds = {name: policy[name] for name in ("min_frames", "max_frames") if name in policy}
+    return sample_fps(info, policy["fps"], **bounds)
 
 
 def _grouped(stream: FrameStream, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -435,9 +435,7 @@ def test_original_checkpoint_through_the_public_api(
     total = 6 * (model.config.image_seq_length + 2)
     for selector in (None, own):
         layer = 2 if selector is None else None
-        flexselect.apply(
-            model, budget=total // 2, frames_per_set=3, selector=selector, layer=layer
-        )
+        flexselect.apply(model, budget=total // 2, frames_per_set=3, selector=selector, layer=layer)
         out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
         assert out.shape[1] == inputs["input_ids"].shape[1] + 3
         [found] = model.flexselect.selections

@@ -227,6 +227,7 @@ def test_6b_tower_keeps_its_norms() -> None:
     with torch.device("meta"):
         model = InternVLForConditionalGeneration(config)
     layer = "vision_model.encoder.layers.0"
+    stored: dict[str, tuple[int, ...]]
     stored = {f"{layer}.{norm}.weight": (1024,) for norm in ("attn.q_norm", "attn.k_norm")}
     stored |= {f"{layer}.norm1.weight": (1024,), f"{layer}.attn.qkv.weight": (3072, 1024)}
     expected = shapes(model)
@@ -317,9 +318,8 @@ def test_selector_scores_are_the_references(
     ids = data["selector_input_ids_qwen2"] if kind == "qwen2" else data["input_ids"][0]
     with torch.no_grad():
         embeds = module.language_model.embed_tokens(ids)
-        embeds[ids == {"qwen2": 313, "internlm2": 303}[kind]] = module.projector(
-            data["vision_features"]
-        ).flatten(0, 1)
+        projected = module.get_submodule("projector")(data["vision_features"]).flatten(0, 1)
+        embeds[ids == {"qwen2": 313, "internlm2": 303}[kind]] = projected
         expected = data[f"lite_{kind}.selector_inputs_embeds"]
         torch.testing.assert_close(embeds, expected, rtol=1e-5, atol=1e-5)
 
