@@ -97,8 +97,19 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_mean_what_they_mean_unpatched(family: Family, model: Any, name: str) -> None:
+    if name in ("several sequences", "beams") and not repeats_pictures_in_order(model):
+        pytest.skip("this release of transformers gives the copies of a prompt the wrong pictures")
     stock, ours = both(family, model, family.inputs(*TWO_ROWS), OPTIONS[name])
     assert torch.equal(stock, ours)
+
+
+def repeats_pictures_in_order(model: Any) -> bool:
+    """Whether the unpatched model encodes before it copies prompts, or copies with care.
+
+    transformers 5.17 repeats whatever tensor it finds row by row, pictures of a batch too.
+    """
+    encodes_first = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+    return encodes_first or "_expand_inputs_for_generation" in vars(type(model))
 
 
 @pytest.mark.parametrize(
