@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import OptionError, UnsupportedModelError
+from .errors import CheckpointError, OptionError, UnsupportedModelError
 
 
 def check_layer(layer: object, layers: int) -> int:
@@ -86,6 +86,19 @@ def device_of(module: nn.Module) -> torch.device:
         if device is not None:
             return torch.device(device)
     return next(module.parameters()).device
+
+
+def weight_of(module: nn.Module, name: str) -> Tensor:
+    """Return a module's own weight, also when accelerate keeps its values elsewhere meanwhile."""
+    weight: Tensor = getattr(module, name)
+    if not weight.is_meta:
+        return weight
+    hook: Any = module._hf_hook
+    for part in getattr(hook, "hooks", [hook]):
+        weights = getattr(part, "weights_map", None)
+        if weights is not None and name in weights:
+            return weights[name]
+    raise CheckpointError(f"The weight {name} has no values. Load the model again.")
 
 
 def _follow(hidden: Tensor, block: nn.Module) -> Tensor:

@@ -1,4 +1,4 @@
-"""Original OpenGVLab checkpoints, loaded as the stock model or written as a stock checkpoint.
+"""Original OpenGVLab checkpoints, loaded as this family's model or written as one of it.
 
 Checkpoints that end in ``-hf`` are in the stock layout already and need none of this.
 """
@@ -18,6 +18,7 @@ from transformers import (
     InternVLForConditionalGeneration,
     InternVLProcessor,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..core.checkpoint import Checkpoint, load_into, read_json
 from ..core.checkpoint_writer import write_converted
@@ -28,22 +29,10 @@ from ..core.placement import DeviceMap, Placement
 from .original import (
     convert_config,
     convert_tensor,
-    convert_text_config,
-    selector_tensor,
     tied_keys,
 )
 from .processing import build_processor
 from .tokenization import IMAGE_TOKENS, added_tokens, load_tokenizer
-
-__all__ = [
-    "convert_checkpoint",
-    "convert_config",
-    "convert_tensor",
-    "convert_text_config",
-    "load_original",
-    "load_processor",
-    "selector_tensor",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +48,11 @@ def load_original(
     attn_implementation: str | None = None,
     image_token_id: int | None = None,
 ) -> InternVLForConditionalGeneration:
-    """Load an original checkpoint as the stock model, streaming it shard by shard.
+    """Load an original checkpoint, streaming it shard by shard.
 
     Parameters
     ----------
-    path : folder with config.json and safetensors, or hub id such as
-        ``OpenGVLab/InternVL2_5-8B``.
+    path : folder, or hub id such as ``OpenGVLab/InternVL2_5-8B``.
     dtype : of the parameters; default, as stored.
     device_map : a device, ``"auto"``, or module name to device, as in ``from_pretrained``; default,
         the CPU. Offloading to disk is left to ``from_pretrained`` on a converted checkpoint.
@@ -108,9 +96,9 @@ def convert_checkpoint(
     destination: str | Path,
     *,
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
     image_token_id: int | None = None,
     template: str | None = None,
-    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write an original checkpoint as one that ``from_pretrained`` loads, processor included.
@@ -118,10 +106,20 @@ def convert_checkpoint(
     Parameters
     ----------
     source : folder, or hub id.
-    destination : folder; see `core.checkpoint_writer.write_converted`, also for
-        ``overwrite``, ``progress`` and what an interruption leaves.
-    dtype, image_token_id : as in `load_original`.
-    template : as in `load_processor`. A source without tokenizer files gets no processor.
+    destination : folder; see `core.checkpoint_writer.write_converted`, also for ``overwrite``,
+        ``progress`` and what an interruption leaves.
+    dtype, image_token_id : as in `load_original`. A source without tokenizer files gets no
+        processor.
+    template : as in `load_processor`.
+
+    Returns
+    -------
+    ``destination``
+
+    Raises
+    ------
+    CheckpointError, OptionError, UnsupportedModelError
+        As `load_original`; or ``destination`` cannot be written.
     """
     folder = local_folder(source)
     checkpoint = Checkpoint(folder)
@@ -211,7 +209,7 @@ def _image_token_id(path: Path, chosen: int | None) -> int | None:
 def _generation_config(path: Path, default: GenerationConfig) -> GenerationConfig:
     """Return the checkpoint's own settings, with the end of a turn among the ends of an answer."""
     settings = default
-    if (path / "generation_config.json").is_file():
+    if (path / GENERATION_CONFIG_NAME).is_file():
         settings = GenerationConfig.from_pretrained(path)
     ends = settings.eos_token_id if settings.eos_token_id is not None else default.eos_token_id
     stop = [ends] if isinstance(ends, int) else list(ends or [])

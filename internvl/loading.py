@@ -23,7 +23,7 @@ from ..core.loading import (
 )
 from .convert import load_original
 from .convert import load_processor as load_original_processor
-from .original import ORIGINAL, convert_text_config, selector_tensor
+from .original import convert_text_config, is_original, selector_tensor
 from .selector import InternVLSelector, InternVLSelectorConfig, Translator
 from .tokenization import added_tokens, load_tokenizer
 
@@ -36,7 +36,7 @@ def load_model(
     folder: Path, dtype: torch.dtype | None, device_map: Any, attn_implementation: str | None
 ) -> Any:
     """Load a checkpoint; see `Architecture.load_model`."""
-    if read_json(folder / "config.json").get("model_type") == ORIGINAL:
+    if is_original(folder):
         return load_original(
             folder, dtype=dtype, device_map=device_map, attn_implementation=attn_implementation
         )
@@ -47,7 +47,7 @@ def load_model(
 
 def load_processor(folder: Path) -> Any:
     """Load the stock processor, or build it for a checkpoint in the original layout."""
-    if read_json(folder / "config.json").get("model_type") == ORIGINAL:
+    if is_original(folder):
         return load_original_processor(folder)
     return InternVLProcessor.from_pretrained(folder)
 
@@ -91,10 +91,10 @@ def load_selector(path: str, model: Any) -> InternVLSelector:
 def check_fit(selector: Any, model: Any) -> None:
     """Check that ``selector`` is one of this family, for a tower like the one of ``model``."""
     check_class(selector, InternVLSelector)
-    theirs = model.config
+    ours, theirs = selector.config, model.config
     sizes = {
         "width of the shuffled tower features": (
-            selector.config.vision_hidden_size,
+            ours.vision_hidden_size,
             theirs.vision_config.hidden_size * int(1 / theirs.downsample_ratio) ** 2,
         ),
     }

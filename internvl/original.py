@@ -8,6 +8,7 @@ model.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from ..core.checkpoint import read_json
 from ..core.errors import CheckpointError, OptionError, UnsupportedModelError
 
 #: ``model_type`` of an original checkpoint's config.json.
@@ -103,6 +105,12 @@ _INTERNLM2_LAYER = {
     "feed_forward.w3": "mlp.up_proj",
     "feed_forward.w2": "mlp.down_proj",
 }
+
+
+def is_original(folder: str | Path) -> bool:
+    """Whether a folder holds a checkpoint in OpenGVLab's layout."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and read_json(path).get("model_type") == ORIGINAL
 
 
 # -- configuration -----------------------------------------------------------------------------

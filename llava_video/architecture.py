@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.architecture import Architecture, Pixels, Request
-from ..core.decoder import reference_states
+from ..core.decoder import reference_states, weight_of
 from ..core.layout import Clip, Prompt
 from .convert import convert_checkpoint
 from .encode import encode_pixels, layout_prompt, read_requests
@@ -71,8 +71,9 @@ class LlavaVideo(Architecture):
     def embed(self, ids: Tensor) -> Tensor:
         """Embed text ids ``(tokens,)``."""
         core = self.model.model
+        newline = weight_of(core, "image_newline")
         return embed_with_newline(
-            ids, self.decoder.embed_tokens, core.image_newline, core.config.video_token_id
+            ids, self.decoder.embed_tokens, newline, core.config.video_token_id
         )
 
     def states(
@@ -89,12 +90,12 @@ class LlavaVideo(Architecture):
         device_map: Any,
         attn_implementation: str | None,
     ) -> Any:
-        """Load a checkpoint, converted or in LLaVA-NeXT's format."""
+        """Load a checkpoint, converted or in the original layout."""
         return load_model(folder, dtype, device_map, attn_implementation)
 
     @classmethod
     def load_processor(cls, folder: Path) -> Any:
-        """Load the processor, or build it for a checkpoint in LLaVA-NeXT's format."""
+        """Load the processor, or build it for a checkpoint in the original layout."""
         return load_processor(folder)
 
     @classmethod
@@ -107,7 +108,7 @@ class LlavaVideo(Architecture):
         overwrite: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Path:
-        """Write a checkpoint in LLaVA-NeXT's format as one that transformers loads."""
+        """Write a checkpoint in the original layout as one that transformers loads."""
         return convert_checkpoint(
             source,
             destination,

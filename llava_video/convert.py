@@ -1,4 +1,7 @@
-"""Original LLaVA-NeXT checkpoints, loaded and converted: LLaVA-Video, OneVision, Lite selectors."""
+"""Original LLaVA-NeXT checkpoints, loaded as this family's model or written as one of it.
+
+LLaVA-OneVision checkpoints of the same format are read too.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +44,14 @@ def load_original(
     spatial_pool_mode: str | None = None,
     newline_position: str | None = None,
 ) -> LlavaVideoForConditionalGeneration:
-    """Load a checkpoint in LLaVA-NeXT's format, converted on the fly.
+    """Load an original checkpoint, streaming it shard by shard.
 
     Parameters
     ----------
     path : folder, or hub id such as ``lmms-lab/LLaVA-Video-7B-Qwen2``.
-    dtype : dtype of the weights; default, as stored.
-    device_map : a device, ``"auto"`` to spread the model over the GPUs, or a mapping from module to
-        device. Default: the CPU.
+    dtype : of the parameters; default, as stored.
+    device_map : a device, ``"auto"``, or module name to device, as in ``from_pretrained``; default,
+        the CPU. Offloading to disk is left to ``from_pretrained`` on a converted checkpoint.
     attn_implementation : as in ``from_pretrained``.
     spatial_pool_mode, newline_position : override the checkpoint's configuration; see
         `LlavaVideoConfig`. The reference evaluates LLaVA-Video with ``bilinear`` and ``grid``.
@@ -61,6 +64,8 @@ def load_original(
     ------
     CheckpointError
         The checkpoint is of another kind, incomplete, or fits no supported model.
+    OptionError
+        ``device_map`` cannot be followed.
     """
     folder = local_folder(path)
     checkpoint = Checkpoint(folder)
@@ -97,11 +102,18 @@ def convert_checkpoint(
     newline_position: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write a checkpoint in LLaVA-NeXT's format as a transformers model with its processor.
+    """Write an original checkpoint as one that ``from_pretrained`` loads, processor included.
 
     `flexselect.llava_video` imported, ``AutoModelForImageTextToText.from_pretrained`` and
-    ``AutoProcessor.from_pretrained`` load the result. Parameters are those of `load_original` and
-    `core.checkpoint_writer.write_converted`.
+    ``AutoProcessor.from_pretrained`` load the result.
+
+    Parameters
+    ----------
+    source : folder, or hub id.
+    destination : folder; see `core.checkpoint_writer.write_converted`, also for ``overwrite``,
+        ``progress`` and what an interruption leaves.
+    dtype, spatial_pool_mode, newline_position : as in `load_original`. A source without tokenizer
+        files gets no processor.
 
     Returns
     -------
@@ -119,6 +131,7 @@ def convert_checkpoint(
     )
     config.dtype = dtype or stored_dtype(checkpoint)
     config.architectures = [LlavaVideoForConditionalGeneration.__name__]
+    model = empty_model(config)
     processor = None
     if has_tokenizer(folder):
         processor = load_processor(folder, config)
@@ -133,7 +146,7 @@ def convert_checkpoint(
             processor.save_pretrained(draft)
 
     return write_converted(
-        empty_model(config),
+        model,
         checkpoint,
         destination,
         convert_tensor,

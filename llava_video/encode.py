@@ -15,7 +15,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 )
 
 from ..core.architecture import Pixels, Request, runs, strip_padding
-from ..core.decoder import device_of
+from ..core.decoder import device_of, weight_of
 from ..core.errors import PromptError
 from ..core.layout import NONE, Clip, Layout, Prompt, query_mask
 from .modeling import frame_features
@@ -95,7 +95,8 @@ def encode_pixels(model: Any, pixels: Pixels, selector: Any | None) -> tuple[Ten
     """Run the tower once for the model and the selector; see `Architecture.encode`."""
     core = model.model
     patches = core.encode_pictures(pixels.values)
-    features = _project(core, core.multi_modal_projector, core.image_newline, patches, pixels)
+    newline = weight_of(core, "image_newline")
+    features = _project(core, core.multi_modal_projector, newline, patches, pixels)
     if selector is None:
         return features, None
     return features, _project(core, selector.projector, selector.image_newline, patches, pixels)

@@ -50,7 +50,7 @@ def load_model(
 
 
 def load_processor(folder: Path) -> Any:
-    """Load the processor, or build it for a checkpoint in LLaVA-NeXT's format."""
+    """Load the processor, or build it for a checkpoint in the original layout."""
     if is_original(folder):
         config = convert_config(folder, spatial_pool_mode=published_pooling(folder))
         return load_original_processor(folder, config)

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..core.decoder import device_of, weight_of
 from ..core.errors import OptionError, PromptError
 
 PoolMode = Literal["bilinear", "average", "max"]
@@ -98,8 +99,7 @@ class LlavaVideoModel(LlavaOnevisionModel):
         without the layer norm that follows it.
         """
         tower = self.vision_tower
-        like = tower.post_layernorm.weight
-        embeds = tower.embeddings(pictures.to(like.device, like.dtype))
+        embeds = tower.embeddings(pictures.to(device_of(tower), tower.dtype))
         return tower.encoder(inputs_embeds=embeds).last_hidden_state
 
     def frame_features(self, patches: Tensor) -> Tensor:
@@ -107,7 +107,8 @@ class LlavaVideoModel(LlavaOnevisionModel):
 
         ``(frames, patches, tower hidden)`` to ``(frames, tokens, hidden)``; see `frame_features`.
         """
-        return frame_features(patches, self.multi_modal_projector, self.image_newline, self.config)
+        newline = weight_of(self, "image_newline")
+        return frame_features(patches, self.multi_modal_projector, newline, self.config)
 
     def get_video_features(
         self, pixel_values_videos: Tensor | Sequence[Tensor], **kwargs: Any
@@ -129,6 +130,7 @@ class LlavaVideoModel(LlavaOnevisionModel):
         PromptError
             The tensor has another number of axes.
         """
+        newline = weight_of(self, "image_newline")
         videos = []
         for pictures in pixel_values_videos:
             if pictures.ndim != 4:
@@ -140,9 +142,7 @@ class LlavaVideoModel(LlavaOnevisionModel):
                 self.frame_features(self.encode_pictures(chunk))
                 for chunk in pictures.split(PICTURES_PER_CHUNK)
             ]
-            videos.append(
-                join_frames(torch.cat(frames), self.image_newline, self.config.newline_position)
-            )
+            videos.append(join_frames(torch.cat(frames), newline, self.config.newline_position))
         # Stock transformers, too, puts a list here where the tokens of inputs differ in number.
         pooled: Any = videos
         if len({len(video) for video in videos}) == 1:
@@ -227,7 +227,7 @@ def frame_features(
     LLaVA-Video-7B.
     """
     like = next(projector.parameters())
-    projected = projector(patches.to(like.device, like.dtype))
+    projected = projector(patches.to(device_of(projector), like.dtype))
     pooled = pool_patches(projected, config.spatial_pool_mode, config.spatial_pool_stride)
     return add_newlines(pooled, newline, config.newline_position)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model
 
-from flexselect.core.decoder import check_layer, device_of, forget_length, reference_states
-from flexselect.core.errors import OptionError, UnsupportedModelError
+from flexselect.core.decoder import (
+    check_layer,
+    device_of,
+    forget_length,
+    reference_states,
+    weight_of,
+)
+from flexselect.core.errors import CheckpointError, OptionError, UnsupportedModelError
 from flexselect.core.relevance import relevance
 
 SIZES = {
@@ -168,3 +175,17 @@ def test_device_of_offloaded_weights_is_where_they_compute() -> None:
 
     layer._hf_hook = Hook()  # type: ignore[assignment]
     assert device_of(layer) == torch.device("cpu")
+
+
+def test_weight_of_offloaded_modules() -> None:
+    module = nn.Module()
+    module.scale = nn.Parameter(torch.arange(3.0))
+    assert weight_of(module, "scale") is module.scale
+    hook = SimpleNamespace(weights_map={"scale": torch.arange(3.0)})
+    module.scale = nn.Parameter(torch.empty(3, device="meta"))
+    for attached in (hook, SimpleNamespace(hooks=[SimpleNamespace(), hook])):
+        module._hf_hook = attached
+        assert torch.equal(weight_of(module, "scale"), torch.arange(3.0))
+    module._hf_hook = SimpleNamespace(weights_map=None)
+    with pytest.raises(CheckpointError, match="scale has no values"):
+        weight_of(module, "scale")
