@@ -511,11 +511,14 @@ linux = pytest.mark.skipif(
 @linux
 @pytest.mark.parametrize(("mode", "kept"), [("write", 0), ("load", 192)])
 def test_memory_stays_at_one_shard(large: Path, tmp_path: Path, mode: str, kept: int) -> None:
-    """Peak memory: the loaded weights, the largest shard, and a sixth of the whole (2 GB of 12)."""
+    """Peak memory: the loaded weights, the largest shard, and a quarter of the whole.
+
+    The peak counts mapped pages of the shards too, which the kernel drops when it pleases.
+    """
     process = start(large, tmp_path / "target", mode, 0)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0
-    assert int(output) < kept + 64 + 64
+    assert int(output) < kept + 64 + 96
 
 
 @linux
