@@ -178,7 +178,7 @@ def test_device_of_offloaded_weights_is_where_they_compute() -> None:
 
 
 def test_weight_of_offloaded_modules() -> None:
-    module = nn.Module()
+    module: Any = nn.Module()
     module.scale = nn.Parameter(torch.arange(3.0))
     assert weight_of(module, "scale") is module.scale
     hook = SimpleNamespace(weights_map={"scale": torch.arange(3.0)})
