@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers.utils import logging as logging_of_transformers
 
-from . import __version__
+from . import __version__, evaluation, training, visualization
 from .core.budget import check_budget
 from .core.errors import FlexSelectError, OptionError
 from .core.selection import Selection
@@ -34,6 +30,7 @@ from .inference.registry import (
     load_processor,
 )
 from .inference.session import Answer, Video, check_question, open_video
+from .inference.terminal import err, out, progress_bars, stamp, user_errors
 from .inference.video import probe
 
 app = typer.Typer(
@@ -42,9 +39,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
 
 
 def _known_method(name: str) -> str:
@@ -141,7 +135,7 @@ def ask(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress display.")] = False,
 ) -> None:
     """Answer QUESTION about VIDEO, and say what the answer was read from."""
-    with _errors():
+    with user_errors():
         knobs = {
             "selector": selector,
             "budget": budget,
@@ -167,7 +161,7 @@ def ask(
         )
         _check_before_loading(video, question, budget, save)
         logging_of_transformers.disable_progress_bar()
-        with _progress(quiet or as_json) as progress:
+        with progress_bars(quiet or as_json) as progress:
             progress("load", 0, 1)
             # First the processor: where it is missing, that should not cost loading the weights.
             processor = load_processor(model)
@@ -241,8 +235,8 @@ def convert(
 
     Nothing that looks finished appears before everything is written.
     """
-    with _errors():
-        with _progress(quiet) as progress:
+    with user_errors():
+        with progress_bars(quiet) as progress:
             made = convert_model(
                 source,
                 destination,
@@ -251,6 +245,10 @@ def convert(
                 progress=lambda done, total: progress("convert", done, total),
             )
         out.print(f"{made}", markup=False, highlight=False)
+
+
+for _folder in (evaluation, training, visualization):
+    _folder.register(app)
 
 
 def main() -> None:
@@ -299,7 +297,7 @@ def _show(report: dict[str, Any]) -> None:
     for index, moment in enumerate(report["moments"]):
         table.add_row(
             "" if index else "read from",
-            f"{_stamp(moment['start'])} - {_stamp(moment['end'])}  "
+            f"{stamp(moment['start'])} - {stamp(moment['end'])}  "
             f"({moment['kept']} tokens, relevance {moment['score']:.2g})",
         )
     if not report["moments"]:
@@ -328,41 +326,3 @@ def _save(selection: Selection, path: Path) -> None:
         selection.save(path)
     except OSError as error:
         raise FlexSelectError(f"--save {path}: the selection was not saved ({error}).") from error
-
-
-def _stamp(seconds: float) -> str:
-    """Write seconds as h:mm:ss.s."""
-    minutes, tenths = divmod(round(seconds * 10), 600)
-    hours, minutes = divmod(minutes, 60)
-    rest = f"{tenths / 10:04.1f}"
-    return f"{hours}:{minutes:02d}:{rest}" if hours else f"{minutes}:{rest}"
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Turn an error that was raised on purpose into one line and exit code 1."""
-    try:
-        yield
-    except FlexSelectError as error:
-        err.print(f"flexselect: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from error
-
-
-@contextmanager
-def _progress(silent: bool) -> Iterator[Any]:
-    """Show one bar a stage on standard error."""
-    columns = (
-        TextColumn("{task.description:>7}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=err, disable=silent, transient=False) as bars:
-        tasks: dict[str, Any] = {}
-
-        def advance(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total or None)
-            bars.update(tasks[stage], completed=done)
-
-        yield advance

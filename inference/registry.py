@@ -37,8 +37,21 @@ CHECKPOINTS: dict[str, str] = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
 }
 
+#: Shorter names that commands also take for a family.
+ALIASES: dict[str, str] = {"llava": "llava_video", "qwen": "qwen2_5_vl"}
+
 #: Ways of spreading a model that accelerate knows by name.
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def family_named(name: str) -> str:
+    """Return the family's folder for its name or a shorter one; `OptionError` for no family."""
+    families = sorted({family for family, _ in FAMILIES.values()})
+    family = ALIASES.get(name, name)
+    if family not in families:
+        known = ", ".join([*families, *sorted(ALIASES)])
+        raise OptionError(f"There is no model family {name!r}; choose one of {known}.")
+    return family
 
 
 def architecture_of(model: Any) -> Architecture:

@@ -126,9 +126,10 @@ def default_recipe(family: Family) -> Recipe:
     """Return the recipe of the committed checkpoints."""
     # A frame of InternVL and LLaVA-Video is one picture and has tokens beside its cells.
     room = len(family.frame_slots()[0]) * 16 // family.pictures_per_frame - 32
-    # Looking marks up takes M-RoPE longer to get right than plain positions.
-    questions = 600 if family.name == "qwen2_5_vl" else 350
-    # SigLIP, whose patches LLaVA-Video projects before pooling them, learns places last.
+    # Looking marks up takes M-RoPE longer to get right than plain positions, and the coarser
+    # tokens of SigLIP, whose patches LLaVA-Video projects before pooling them, longest of all.
+    questions = {"qwen2_5_vl": 600, "internvl": 350, "llava_video": 900}[family.name]
+    drills = 400 if family.name == "llava_video" else 250
     towers = 800 if family.name == "llava_video" else 300
     short, long = 8, 16
     return Recipe(
@@ -142,8 +143,8 @@ def default_recipe(family: Family) -> Recipe:
                 2e-3,
                 60,
                 (
-                    Segment("drill", 250, 32, 100 + room // 2, (short,), 20),
-                    Segment("drill", 250, 24, 100 + room, (long,), 20),
+                    Segment("drill", drills, 32, 100 + room // 2, (short,), 20),
+                    Segment("drill", drills, 24, 100 + room, (long,), 20),
                     Segment(
                         "questions", questions, 24, 160 + room, (short, long), 8, tasks=RETRIEVAL
                     ),

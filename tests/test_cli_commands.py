@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import flexselect
-from flexselect.cli import _stamp, app, ask
+from flexselect.cli import app, ask
 from flexselect.inference.methods import METHODS, Positions, Query
 from flexselect.inference.policy import SAMPLING
 from flexselect.inference.presets import FOLDER, load_presets
 from flexselect.inference.registry import CHECKPOINTS, FAMILIES
+from flexselect.inference.terminal import stamp
 from flexselect.tests.architectures.factories import FAMILIES as UNDER_CONTRACT
 from flexselect.tests.llava_video.conftest import tokenizer as tokenizer_fixture
 from flexselect.tests.llava_video.test_convert import original
@@ -256,4 +257,4 @@ def test_a_lower_bound_needs_a_rate(tmp_path: Path) -> None:
     ],
 )
 def test_time_stamps(seconds: float, said: str) -> None:
-    assert _stamp(seconds) == said
+    assert stamp(seconds) == said

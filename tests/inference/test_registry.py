@@ -21,6 +21,7 @@ from flexselect.inference.registry import (
     CHECKPOINTS,
     FAMILIES,
     architecture_of,
+    family_named,
     load_model,
     load_processor,
 )
@@ -215,3 +216,16 @@ def test_a_family_is_imported_only_when_its_model_comes() -> None:
         "assert loaded() == ['qwen2_5_vl'], loaded()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("qwen", "qwen2_5_vl"), ("llava", "llava_video"), ("internvl", "internvl")],
+)
+def test_families_have_short_names(name: str, family: str) -> None:
+    assert family_named(name) == family_named(family) == family
+
+
+def test_an_unknown_family_is_an_error() -> None:
+    with pytest.raises(OptionError, match=r"'gpt'.*llava_video"):
+        family_named("gpt")
