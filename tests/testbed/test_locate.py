@@ -18,12 +18,29 @@ from flexselect.testbed.videos import decode_video, draw_plot, encode_video
 COMMITTED = [name for name in locate.FAMILIES if (locate.FOLDER / name).is_dir()]
 
 
-def test_an_unknown_family_and_a_missing_checkpoint_are_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("find", "remedy"),
+    [
+        (locate.checkpoint_folder, "holds no checkpoint.*testbed.train --family internvl$"),
+        (locate.student_folder, "holds no student.*testbed.train --family internvl --student"),
+        (locate.selector_folder, "holds no Lite selector.*make train-selector MODEL=internvl"),
+    ],
+)
+def test_an_unknown_family_and_what_is_missing_are_named(find, remedy, tmp_path, monkeypatch):
     with pytest.raises(OptionError, match="gpt"):
-        locate.checkpoint_folder("gpt")
-    monkeypatch.setattr(locate, "FOLDER", tmp_path)
-    with pytest.raises(CheckpointError, match="--family internvl"):
-        locate.checkpoint_folder("internvl")
+        find("gpt")
+    monkeypatch.setattr(locate, "FOLDER", tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match=remedy):
+        find("internvl")
+
+
+def test_each_kind_of_model_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(locate, "FOLDER", tmp_path / "checkpoints")
+    finders = (locate.checkpoint_folder, locate.student_folder, locate.selector_folder)
+    for kind in ("checkpoints", "students", "selectors"):
+        (tmp_path / kind / "internvl").mkdir(parents=True)
+        (tmp_path / kind / "internvl" / "model.safetensors").touch()
+    assert len({find("internvl") for find in finders}) == 3
 
 
 @pytest.mark.parametrize("name", COMMITTED)
