@@ -23,3 +23,7 @@ class CheckpointError(FlexSelectError, RuntimeError):
 
 class VideoError(FlexSelectError, RuntimeError):
     """A video file is missing, is not a video, or holds no frame that decodes."""
+
+
+class DataError(FlexSelectError, RuntimeError):
+    """Rows or archives of a data set are missing, damaged, or not safe to unpack."""
