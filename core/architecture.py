@@ -8,7 +8,8 @@ both are a `Scorer`. ``PORTING.md`` walks through a new family file by file.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -16,8 +17,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from .decoder import LayerStates, layer_states
 from .errors import PromptError, UnsupportedModelError
-from .layout import Clip, Prompt
+from .layout import Clip, Grid, Prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,11 @@ class Scorer(Protocol):
         with the sets before the last axis.
         """
 
+    def layer_states(
+        self, embeds: Tensor, positions: Tensor, layers: Collection[int], query_rows: Tensor
+    ) -> Iterator[LayerStates]:
+        """States of several layers on one walk; see `core.decoder.layer_states`."""
+
 
 class Selector(Scorer, Protocol):
     """A Lite selector: a small language model with its own projector from the vision tower."""
@@ -100,6 +107,9 @@ class Architecture(ABC):
     vision_inputs: ClassVar[tuple[str, ...]]
     #: Pictures of the video that become one frame of the layout.
     pictures_per_frame: ClassVar[int] = 1
+    #: Whether the time of every frame is written into the prompt; `expand` then reads
+    #: `Clip.stamps`.
+    stamps_frames: ClassVar[bool] = False
     #: Options of a caller or a preset that choose and size the pictures of a video; others are
     #: refused.
     sampling_options: ClassVar[tuple[str, ...]] = ("fps", "frames", "min_frames", "max_frames")
@@ -134,7 +144,8 @@ class Architecture(ABC):
         Returns
         -------
         ``(feature tokens, hidden)`` for the model and, from the same pass of the tower, for
-        ``selector`` if given.
+        ``selector`` if given. Rows may be wider than the text model's states where that is given
+        more than embeddings; `embed` makes rows as wide, `states` and `reading` take them apart.
         """
 
     # -- positions ---------------------------------------------------------------------------
@@ -168,6 +179,27 @@ class Architecture(ABC):
         self, embeds: Tensor, positions: Tensor, layer: int, query_rows: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Rotated query and key states of ``layer``, as in `Scorer.states`."""
+
+    def layer_states(
+        self, embeds: Tensor, positions: Tensor, layers: Collection[int], query_rows: Tensor
+    ) -> Iterator[LayerStates]:
+        """States of several layers on one walk; a family that overrides `states` adapts this too.
+
+        The walk is `core.decoder.layer_states`.
+        """
+        return layer_states(self.decoder, embeds, positions, layers, query_rows)
+
+    def grid(self, clip: Clip) -> Grid:
+        """Return which part of its picture each visual token of a frame of ``clip`` shows."""
+        cells = torch.arange(clip.rows * clip.columns)
+        return Grid(clip.rows, clip.columns, cells)
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Let the model read embeddings made of `embed` and `encode` while this is open.
+
+        Only a family whose rows are wider than its text model's states has anything to do.
+        """
+        return nullcontext()
 
     def effective_budget(self, budget: int, prompt: Prompt) -> int:
         """Return the budget the family's reference would use for ``prompt``."""

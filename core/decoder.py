@@ -7,12 +7,32 @@ never asked for, so any attention kernel serves.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, OptionError, UnsupportedModelError
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStates:
+    """What one decoder layer works with.
+
+    Attributes
+    ----------
+    layer : the layer, 0-based.
+    hidden : ``(sets, tokens, hidden)``, what the layer reads.
+    query : ``(sets, heads, text, head_dim)``, rotated, of the tokens that ask.
+    key : ``(sets, kv_heads, tokens, head_dim)``, rotated.
+    """
+
+    layer: int
+    hidden: Tensor
+    query: Tensor
+    key: Tensor
 
 
 def check_layer(layer: object, layers: int) -> int:
@@ -26,7 +46,12 @@ def check_layer(layer: object, layers: int) -> int:
 
 
 def reference_states(
-    decoder: Any, embeds: Tensor, positions: Tensor, layer: int, query_rows: Tensor
+    decoder: Any,
+    embeds: Tensor,
+    positions: Tensor,
+    layer: int,
+    query_rows: Tensor,
+    added: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """Run layers 0 … ``layer`` - 1, then only the norm and projections of ``layer``.
 
@@ -38,13 +63,33 @@ def reference_states(
         ``(axes, sets, tokens)``.
     layer : the reference layer, 0-based.
     query_rows : int64 ``(text,)``, tokens whose query states are wanted.
+    added : for a model that looks again, ``(sets, tokens, hidden)`` each: added to what layer 0,
+        layer 1, … put out.
 
     Returns
     -------
     query ``(sets, heads, text, head_dim)`` and key ``(sets, kv_heads, tokens, head_dim)``, rotated.
     """
+    states = next(layer_states(decoder, embeds, positions, (layer,), query_rows, added))
+    return states.query, states.key
+
+
+def layer_states(
+    decoder: Any,
+    embeds: Tensor,
+    positions: Tensor,
+    layers: Collection[int],
+    query_rows: Tensor,
+    added: Sequence[Tensor] = (),
+) -> Iterator[LayerStates]:
+    """Take the states of several layers on one walk, lowest first; else as `reference_states`.
+
+    Nothing runs above the highest of ``layers``, and a layer's states can be let go of before the
+    next one's are made.
+    """
+    wanted, highest = set(layers), max(layers)
     kinds = getattr(decoder.config, "layer_types", None) or []
-    if "sliding_attention" in kinds[: layer + 1]:
+    if "sliding_attention" in kinds[: highest + 1]:
         raise UnsupportedModelError(
             "This model uses sliding-window attention below its reference layer; relevance is "
             "defined over full attention. Set use_sliding_window to false in its config."
@@ -53,11 +98,23 @@ def reference_states(
     cos_sin = decoder.rotary_emb(embeds, positions)
     mask = _causal_mask(embeds, decoder.config._attn_implementation)
     hidden = embeds
-    for block in decoder.layers[:layer]:
-        hidden = block(_follow(hidden, block), attention_mask=mask, position_embeddings=cos_sin)
-    block = decoder.layers[layer]
+    for index, block in enumerate(decoder.layers[: highest + 1]):
+        hidden = _follow(hidden, block)
+        if index in wanted:
+            query, key = _query_and_key(block, hidden, cos_sin, query_rows)
+            yield LayerStates(index, hidden, query, key)
+        if index < highest:
+            hidden = block(hidden, attention_mask=mask, position_embeddings=cos_sin)
+            if index < len(added):
+                hidden = hidden + added[index].to(hidden.device, hidden.dtype)
+
+
+def _query_and_key(
+    block: Any, hidden: Tensor, cos_sin: tuple[Tensor, Tensor], query_rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run the norm and the query and key projections of one layer, and rotate."""
     attention = block.self_attn
-    normed = block.input_layernorm(_follow(hidden, block))
+    normed = block.input_layernorm(hidden)
     cos, sin = (part.to(normed.device)[:, None] for part in cos_sin)
     rows = query_rows.to(normed.device)
     query = _heads(attention.q_proj(normed[:, rows]), attention.head_dim)

@@ -29,12 +29,31 @@ class Clip:
         two) a frame is one such temporal cell.
     rows, columns : visual tokens of one frame, as a grid.
     seconds_per_frame : time from one frame to the next, in seconds.
+    stamps : for a family that writes it into the prompt, the time of every frame in seconds: the
+        mean of its pictures'. Empty where only the pace is known.
     """
 
     frames: int
     rows: int
     columns: int
     seconds_per_frame: float = 1.0
+    stamps: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Which part of its picture every visual token of a frame shows.
+
+    Attributes
+    ----------
+    rows, columns : equal cells that the picture is cut into.
+    cells : int64 ``(visual tokens of a frame,)``, the cell of each token, counted row by row, or
+        -1 for a token that shows none, such as a newline or a tag.
+    """
+
+    rows: int
+    columns: int
+    cells: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +69,8 @@ class Layout:
     visual : bool, the tokens that are ranked and may be dropped. Each lies in a frame.
     feature : bool, the tokens whose embedding comes from the vision tower, of videos and images
         alike. Usually the visual ones; InternVL also ranks the text tags around a frame.
-    query : bool, the text tokens that ask.
+    query : bool, the text tokens that ask. A tag that closes a frame or a video asks where no
+        visual token follows it.
     """
 
     ids: Tensor
@@ -125,17 +145,24 @@ class Prompt:
 
         The reference scores every set as if it were a clip of its own with
         ``second_per_grid = 1.0``, whatever the sampling rate (paper section 3.2; fixtures, Q2).
+        Only text after its last visual token asks.
         """
         layout = self.layout.take(rows)
+        query = layout.query.clone()
+        query[: int(layout.visual.nonzero()[-1])] = False
         position = torch.full((self.videos[video].frames,), NONE)
         position[frames] = torch.arange(len(frames))
         in_frame = layout.frame != NONE
         frame = layout.frame.clone()
         frame[in_frame] = position[layout.frame[in_frame]]
         own = torch.where(layout.video == video, 0, NONE)
-        clip = dataclasses.replace(self.videos[video], frames=len(frames), seconds_per_frame=1.0)
+        clip = dataclasses.replace(
+            self.videos[video], frames=len(frames), seconds_per_frame=1.0, stamps=()
+        )
         return Prompt(
-            dataclasses.replace(layout, frame=frame, video=own), videos=(clip,), images=self.images
+            dataclasses.replace(layout, frame=frame, video=own, query=query),
+            videos=(clip,),
+            images=self.images,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,23 +101,115 @@ def score(
     float32 ``(visual,)`` on the scorer's device.
     """
     scores: Tensor | None = None
-    done = 0
-    for batch in _batches(sets, sets_per_batch):
+    for batch, embeds, positions in _passes(
+        prompt, sets, features, scorer, sets_per_batch, progress
+    ):
         first = batch[0]
-        embeds = torch.stack(
-            [assemble(prompt.layout, part.rows, features, scorer.embed) for part in batch]
-        )
-        positions = torch.stack([part.positions for part in batch], -2).to(embeds.device)
         query, key = scorer.states(embeds, positions, layer, first.query_rows)
         values = relevance(query, key, first.query_rows, first.columns, aggregation=aggregation)
         if scores is None:
             scores = torch.zeros(prompt.num_visual, device=values.device)
-        members = torch.stack([part.members for part in batch])
-        scores[members.to(values.device)] = values
+        _put(scores, batch, values)
+    return torch.zeros(0) if scores is None else scores
+
+
+@torch.no_grad()
+def score_layers(
+    prompt: Prompt,
+    sets: list[FrameSet],
+    features: Tensor,
+    scorer: Scorer,
+    *,
+    layers: Collection[int],
+    aggregations: Sequence[Aggregation],
+    sets_per_batch: int | None = None,
+    progress: Progress | None = None,
+) -> dict[tuple[int, Aggregation], Tensor]:
+    """Score every visual token at several layers, each set walked through them only once.
+
+    Parameters are those of `score`, with ``layers`` and ``aggregations`` in the place of one each.
+
+    Returns
+    -------
+    (layer, aggregation) to float32 ``(visual,)`` on the host: what `score` gives for the two.
+    """
+    scores = {
+        (layer, aggregation): torch.zeros(prompt.num_visual)
+        for layer in sorted(layers)
+        for aggregation in aggregations
+    }
+    for batch, embeds, positions in _passes(
+        prompt, sets, features, scorer, sets_per_batch, progress
+    ):
+        rows, columns = batch[0].query_rows, batch[0].columns
+        for states in scorer.layer_states(embeds, positions, layers, rows):
+            for aggregation in aggregations:
+                values = relevance(states.query, states.key, rows, columns, aggregation=aggregation)
+                _put(scores[states.layer, aggregation], batch, values)
+    return scores
+
+
+@torch.no_grad()
+def embed_layers(
+    prompt: Prompt,
+    sets: list[FrameSet],
+    features: Tensor,
+    scorer: Scorer,
+    *,
+    layers: Collection[int],
+    members: Tensor,
+    sets_per_batch: int | None = None,
+    progress: Progress | None = None,
+) -> dict[int, Tensor]:
+    """Return what several layers read for some visual tokens: their states within their sets.
+
+    Parameters are those of `score_layers`; ``members`` is int64 ``(n,)``, positions among the
+    prompt's visual tokens, ascending.
+
+    Returns
+    -------
+    layer to float32 ``(n, hidden)`` on the host.
+    """
+    found: dict[int, Tensor] = {}
+    for batch, embeds, positions in _passes(
+        prompt, sets, features, scorer, sets_per_batch, progress
+    ):
+        columns = batch[0].columns
+        for states in scorer.layer_states(embeds, positions, layers, batch[0].query_rows):
+            hidden = states.hidden
+            whole = found.setdefault(states.layer, torch.zeros(len(members), hidden.shape[-1]))
+            for part, own in zip(batch, hidden, strict=True):
+                wanted = torch.isin(part.members, members)
+                rows = columns[wanted].to(own.device)
+                places = torch.searchsorted(members.contiguous(), part.members[wanted])
+                whole[places] = own[rows].float().cpu()
+    return found
+
+
+def _passes(
+    prompt: Prompt,
+    sets: list[FrameSet],
+    features: Tensor,
+    scorer: Scorer,
+    sets_per_batch: int | None,
+    progress: Progress | None,
+) -> Iterator[tuple[list[FrameSet], Tensor, Tensor]]:
+    """Yield sets that share a pass with their embeddings and positions, and report progress."""
+    done = 0
+    for batch in _batches(sets, sets_per_batch):
+        embeds = torch.stack(
+            [assemble(prompt.layout, part.rows, features, scorer.embed) for part in batch]
+        )
+        yield batch, embeds, torch.stack([part.positions for part in batch], -2).to(embeds.device)
         done += len(batch)
         if progress is not None:
             progress("rank", done, len(sets))
-    return torch.zeros(0) if scores is None else scores
+
+
+def _put(scores: Tensor, batch: list[FrameSet], values: Tensor) -> None:
+    """Write ``(sets, visual)`` values of a pass to their places in ``scores``."""
+    members = torch.stack([part.members for part in batch])
+    scores[members.to(scores.device)] = values.to(scores.device)
 
 
 def _batches(sets: list[FrameSet], sets_per_batch: int | None) -> Iterator[list[FrameSet]]:

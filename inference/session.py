@@ -79,6 +79,8 @@ class Video:
     processor : the model's processor.
     clip : its visual tokens.
     features, times : as in `Encoded`.
+    pictures : int64 ``(pictures,)``, which pictures of the file were looked at, in order;
+        neighbours that the model reads as one frame follow each other.
     report : what was decoded, and what was lost to damage.
     record : path, sampling and sizes: what decided the features.
     seconds : time by stage of opening it: decode, encode.
@@ -89,6 +91,7 @@ class Video:
     clip: Clip
     features: Features = field(repr=False)
     times: Tensor = field(repr=False)
+    pictures: Tensor = field(repr=False)
     report: DecodeReport
     record: dict[str, Any]
     seconds: dict[str, float]
@@ -219,7 +222,8 @@ class Chat:
             options["streamer"] = Tee(clock, progress, options.get("streamer"))
         clock.start("prefill" if streamed else "answer")
         # With embeddings given, generate selects nothing, whether a method is applied or not.
-        out = model.generate(input_ids=prompt_ids[None].to(model.device), **prefill, **options)
+        with self.video.engine.architecture.reading():
+            out = model.generate(input_ids=prompt_ids[None].to(model.device), **prefill, **options)
         clock.stop()
         sequences = out if isinstance(out, Tensor) else out.sequences
         ids = sequences[0, len(prompt_ids) :].cpu()
@@ -292,12 +296,14 @@ def open_video(
     spacing = info.duration / len(chosen)
     clips: list[Clip] = []
     stamps: list[Tensor] = []
+    middles: list[float] = []
 
     def chunks() -> Iterator[Pixels]:
         for pictures, times in _grouped(stream, group):
             pixels = architecture.pixels(processor, pictures, spacing)
             clips.append(pixels.clip)
             stamps.append(times[::group])
+            middles.extend(float(part.mean()) for part in times.split(group))
             if progress is not None:
                 done = min(sum(map(len, stamps)) * group, len(chosen))
                 progress("decode", done, len(chosen))
@@ -311,6 +317,8 @@ def open_video(
     features = encode(architecture, chunks(), selector, frames_per_chunk, progress, frames)
     clock.stop()
     clip = replace(clips[0], frames=sum(part.frames for part in clips))
+    if architecture.stamps_frames:
+        clip = replace(clip, stamps=tuple(middles))
     record = {
         "video": str(path),
         "duration": info.duration,
@@ -321,8 +329,18 @@ def open_video(
         "sampling": {name: value for name, value in policy.items() if value is not None},
         "backend": backend,
     }
+    lost = set(stream.report.lost.tolist())
+    pictures = torch.tensor([index for index in chosen.tolist() if index not in lost])
     return Video(
-        engine, processor, clip, features, torch.cat(stamps), stream.report, record, clock.seconds
+        engine=engine,
+        processor=processor,
+        clip=clip,
+        features=features,
+        times=torch.cat(stamps),
+        pictures=pictures,
+        report=stream.report,
+        record=record,
+        seconds=clock.seconds,
     )
 
 

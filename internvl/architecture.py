@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..core.architecture import Architecture, Pixels, Request
 from ..core.decoder import device_of, reference_states
-from ..core.layout import Clip, Prompt
+from ..core.layout import Clip, Grid, Prompt
 from .convert import convert_checkpoint
-from .encode import encode_pixels, has_video, layout_prompt, read_requests
+from .encode import encode_pixels, frame_grid, has_video, layout_prompt, read_requests
 from .loading import check_fit, load_model, load_processor, load_selector
 from .positions import compact_positions, whole_positions
 from .prepare import expand_prompt, prepare_pixels
@@ -65,6 +65,10 @@ class InternVL(Architecture):
     ) -> tuple[Tensor, Tensor]:
         """Query and key states of the reference layer."""
         return reference_states(self.decoder, embeds, positions, layer, query_rows)
+
+    def grid(self, clip: Clip) -> Grid:
+        """Return the cell of each visual token of a frame; the tags around it show nothing."""
+        return frame_grid(clip)
 
     @classmethod
     def load_model(

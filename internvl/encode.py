@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.architecture import Pixels, Request, runs, strip_padding
 from ..core.decoder import device_of
 from ..core.errors import PromptError
-from ..core.layout import NONE, Clip, Layout, Prompt, query_mask
+from ..core.layout import NONE, Clip, Grid, Layout, Prompt, query_mask
 
 #: Longest text that still counts as the label of a frame, in tokens.
 _LABEL = 32
@@ -131,6 +131,12 @@ def encode_pixels(model: Any, pixels: Pixels, selector: Any | None) -> tuple[Ten
     finally:
         handle.remove()
     return features.flatten(0, 1), selector.project(seen[0]).flatten(0, 1)
+
+
+def frame_grid(clip: Clip) -> Grid:
+    """Place the visual tokens of a frame; see `Architecture.grid`."""
+    cells = torch.arange(clip.rows * clip.columns)
+    return Grid(clip.rows, clip.columns, torch.nn.functional.pad(cells, (1, 1), value=NONE))
 
 
 def _layout(ids: Tensor, shown: list[Shown], pixels: list[Pixels], config: Any) -> Prompt:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from ..core.decoder import device_of, reference_states
+from ..core.decoder import LayerStates, device_of, layer_states, reference_states
 from ..core.errors import CheckpointError
 from ..core.layout import Layout, Prompt
 from .positions import whole_positions
@@ -141,6 +141,12 @@ class InternVLSelector(PreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """Query and key states of ``layer``; see `core.decoder.reference_states`."""
         return reference_states(self.language_model, embeds, positions, layer, query_rows)
+
+    def layer_states(
+        self, embeds: Tensor, positions: Tensor, layers: Collection[int], query_rows: Tensor
+    ) -> Iterator[LayerStates]:
+        """States of several layers on one walk; see `core.decoder.layer_states`."""
+        return layer_states(self.language_model, embeds, positions, layers, query_rows)
 
 
 class Projector(nn.Module):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..core.architecture import Architecture, Pixels, Request
 from ..core.decoder import reference_states, weight_of
-from ..core.layout import Clip, Prompt
+from ..core.layout import Clip, Grid, Prompt
 from .convert import convert_checkpoint
-from .encode import encode_pixels, layout_prompt, read_requests
+from .encode import encode_pixels, frame_grid, layout_prompt, read_requests
 from .loading import (
     check_fit,
     load_model,
@@ -81,6 +81,10 @@ class LlavaVideo(Architecture):
     ) -> tuple[Tensor, Tensor]:
         """Query and key states of the reference layer."""
         return reference_states(self.decoder, embeds, positions, layer, query_rows)
+
+    def grid(self, clip: Clip) -> Grid:
+        """Return the cell of each visual token of a frame; newlines show nothing."""
+        return frame_grid(clip, self.model.config)
 
     @classmethod
     def load_model(

@@ -17,7 +17,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 from ..core.architecture import Pixels, Request, runs, strip_padding
 from ..core.decoder import device_of, weight_of
 from ..core.errors import PromptError
-from ..core.layout import NONE, Clip, Layout, Prompt, query_mask
+from ..core.layout import NONE, Clip, Grid, Layout, Prompt, query_mask
 from .modeling import frame_features
 
 
@@ -100,6 +100,19 @@ def encode_pixels(model: Any, pixels: Pixels, selector: Any | None) -> tuple[Ten
     if selector is None:
         return features, None
     return features, _project(core, selector.projector, selector.image_newline, patches, pixels)
+
+
+def frame_grid(clip: Clip, config: Any) -> Grid:
+    """Place the visual tokens of a frame; see `Architecture.grid`."""
+    if config.newline_position == "frame":
+        side = math.isqrt(clip.columns - 1)
+        cells = torch.arange(side * side)
+        return Grid(side, side, torch.nn.functional.pad(cells, (0, 1), value=NONE))
+    columns = clip.columns - (config.newline_position == "grid")
+    cells = torch.arange(clip.rows * columns).view(clip.rows, columns)
+    newlines = (0, clip.columns - columns)
+    cells = torch.nn.functional.pad(cells, newlines, value=NONE).flatten()
+    return Grid(clip.rows, columns, cells)
 
 
 def _project(core: Any, projector: Any, newline: Tensor, patches: Tensor, pixels: Pixels) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen2Model
 
-from ..core.decoder import device_of, reference_states
+from ..core.decoder import LayerStates, device_of, layer_states, reference_states
 from ..core.layout import Prompt
 from .positions import whole_positions
 
@@ -107,6 +108,12 @@ class LlavaVideoSelector(PreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """Query and key states of ``layer``; see `core.decoder.reference_states`."""
         return reference_states(self.language_model, embeds, positions, layer, query_rows)
+
+    def layer_states(
+        self, embeds: Tensor, positions: Tensor, layers: Collection[int], query_rows: Tensor
+    ) -> Iterator[LayerStates]:
+        """States of several layers on one walk; see `core.decoder.layer_states`."""
+        return layer_states(self.language_model, embeds, positions, layers, query_rows)
 
 
 class Projector(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLTextModel,
 )
 
-from ..core.decoder import device_of, reference_states
+from ..core.decoder import LayerStates, device_of, layer_states, reference_states
 from ..core.layout import Prompt
 from .positions import whole_positions
 
@@ -119,3 +120,9 @@ class Qwen2_5_VLSelector(PreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """Query and key states of ``layer``; see `core.decoder.reference_states`."""
         return reference_states(self.language_model, embeds, positions, layer, query_rows)
+
+    def layer_states(
+        self, embeds: Tensor, positions: Tensor, layers: Collection[int], query_rows: Tensor
+    ) -> Iterator[LayerStates]:
+        """States of several layers on one walk; see `core.decoder.layer_states`."""
+        return layer_states(self.language_model, embeds, positions, layers, query_rows)

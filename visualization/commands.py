@@ -2,8 +2,198 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
+
+if TYPE_CHECKING:
+    from .recall import Curves
+
+_Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or hub id of the model; default: the tiny one of --family in the testbed.",
+        show_default=False,
+    ),
+]
+_Family = Annotated[
+    str | None,
+    typer.Option(
+        help="Without --model: whose tiny model, qwen, llava or internvl.",
+        metavar="<qwen|llava|internvl>",
+        show_default="qwen",
+    ),
+]
+_Selector = Annotated[
+    str | None, typer.Option(help="Look at the layers of this Lite selector instead.")
+]
+_Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+_Device = Annotated[
+    str | None, typer.Option(help="Where to compute; default: a GPU if there is one.")
+]
+_DeviceMap = Annotated[str | None, typer.Option(help="Spread the model over devices, e.g. auto.")]
+_Attention = Annotated[
+    str | None, typer.Option(help="Attention kernel, e.g. sdpa or flash_attention_2.")
+]
+_Quiet = Annotated[bool, typer.Option("--quiet", help="No progress display.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
+    app.command()(recall)
+
+
+def recall(
+    model: _Model = None,
+    family: _Family = None,
+    videos: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of needle videos, or with --needles of videos to hide pictures in; "
+            "default: testbed videos are rendered."
+        ),
+    ] = None,
+    needles: Annotated[
+        Path | None,
+        typer.Option(help="V-NIAH: folder of needle pictures with their dataset.json."),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Videos; default: 48, or all of a folder of needle videos.")
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(help="Pictures of a video; default: the preset's, or 256.", min=1),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides where the needles are.", min=0)] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("recall"),
+    selector: _Selector = None,
+    budget: Annotated[
+        int | None, typer.Option(help="K of the true recall; default: the preset's budget.")
+    ] = None,
+    frames_per_set: Annotated[int | None, typer.Option(help="Most frames of a set.")] = None,
+    query: Annotated[str | None, typer.Option(help="Which text tokens ask: all or last.")] = None,
+    dtype: _Dtype = "auto",
+    device: _Device = None,
+    device_map: _DeviceMap = None,
+    attn: _Attention = None,
+    quiet: _Quiet = False,
+) -> None:
+    """Find the layer to read: recall@K of a needle's tokens at every layer.
+
+    Writes recall.json, recall.csv, recall.png and recall.svg. Interrupted, the same command goes
+    on where it stopped.
+    """
+    from transformers.utils import logging as logging_of_transformers
+
+    from ..core.errors import OptionError
+    from ..inference.apply import method_from
+    from ..inference.engine import Engine
+    from ..inference.methods import FlexSelect
+    from ..inference.registry import load_model, load_processor
+    from ..inference.terminal import out as console
+    from ..inference.terminal import progress_bars, user_errors
+    from .extras import need_matplotlib
+    from .measuring import measure_recall
+    from .needles import generated_videos, hidden_pictures, videos_with_needles
+
+    with user_errors():
+        need_matplotlib()
+        if needles is not None and videos is None:
+            raise OptionError(
+                "--needles hides pictures in real videos; name a folder of them with --videos."
+            )
+        given = {
+            "selector": selector,
+            "budget": budget,
+            "frames_per_set": frames_per_set,
+            "query": query,
+        }
+        knobs = {name: value for name, value in given.items() if value is not None}
+        method = method_from(FlexSelect, knobs)
+        assert isinstance(method, FlexSelect)
+        folder = model_folder(model, family)
+        logging_of_transformers.disable_progress_bar()
+        with progress_bars(quiet) as progress:
+            progress("load", 0, 1)
+            processor = load_processor(folder)
+            loaded = load_model(folder, dtype, device, device_map, attn)
+            preset = Engine(loaded, method).preset
+            progress("load", 1, 1)
+            length = frames or preset.video.get("frames") or 256
+            sampling: dict[str, Any] = {"frames": length}
+            making: dict[str, Any] = {
+                "frames": length,
+                "count": 48 if count is None else count,
+                "seed": seed,
+                "progress": progress,
+            }
+            if videos is None:
+                made = generated_videos(out / "videos", **making)
+            elif needles is not None:
+                made = hidden_pictures(out / "videos", videos, needles, **making)
+            else:
+                made = videos_with_needles(videos, count)
+                sampling = {} if frames is None else sampling
+            curves = measure_recall(
+                loaded, processor, made, out, method=method, progress=progress, **sampling
+            )
+        _show_curves(curves, preset.method["layer"], selector)
+        console.print(f"\n{out / 'recall.png'}", markup=False, highlight=False)
+
+
+def model_folder(model: str | None, family: str | None) -> str:
+    """Return the model to load: the one named, or the tiny one of a family.
+
+    Raises `OptionError` where both are given, and as `checkpoint_folder` does.
+    """
+    from ..core.errors import OptionError
+    from ..inference.registry import family_named
+    from ..testbed.locate import checkpoint_folder
+
+    if model is None:
+        return str(checkpoint_folder(family_named(family or "qwen")))
+    if family is not None:
+        raise OptionError("--family chooses a tiny model; leave it out where --model is given.")
+    return model
+
+
+def _show_curves(curves: Curves, preset_layer: int, selector: str | None) -> None:
+    """Print the curves for people."""
+    from rich.table import Table
+
+    from ..inference.terminal import err, out
+    from .recall import AGGREGATIONS
+
+    k, frame = curves.ks["budget"], curves.ks["frame"]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("layer", justify="right")
+    for aggregation in AGGREGATIONS:
+        table.add_column(f"recall@{k} {aggregation}")
+    for aggregation in AGGREGATIONS:
+        table.add_column(f"precision@{frame} {aggregation}", justify="right")
+    curve = {a: (curves.of(a, "budget"), curves.of(a, "frame")) for a in AGGREGATIONS}
+    for layer in range(len(curve["max"][0])):
+        cells = []
+        for aggregation in AGGREGATIONS:
+            recall = curve[aggregation][0][layer].recall
+            best = (layer, aggregation) == (curves.layer, curves.aggregation)
+            text = f"{recall.mean:.2f} [dim]({recall.low:.2f}-{recall.high:.2f})[/]"
+            cells.append(f"[bold]{text}[/]" if best else text)
+        cells += [f"{curve[a][1][layer].precision.mean:.2f}" for a in AGGREGATIONS]
+        table.add_row(str(layer), *cells)
+    out.print(table, highlight=False)
+    best = curves.best.recall
+    out.print(
+        f"\nRead layer {curves.layer} with {curves.aggregation}: recall@{k} {best.mean:.2f} "
+        f"({best.low:.2f}-{best.high:.2f}) over {curves.videos} videos; "
+        f"{curves.chance['budget']:.2f} by chance.",
+        highlight=False,
+    )
+    if curves.rivals:
+        layers = ", ".join(map(str, curves.rivals))
+        out.print(f"These videos do not tell it from layer {layers}.", highlight=False)
+    if selector is None:
+        out.print(f"The preset reads layer {preset_layer}.", highlight=False)
+    for name, reason in curves.left_out.items():
+        err.print(f"left out: {name}: {reason}", style="yellow", markup=False, highlight=False)

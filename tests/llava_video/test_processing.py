@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,12 @@ from transformers import AutoProcessor, Qwen2Tokenizer
 from transformers.video_utils import VideoMetadata
 
 from flexselect.core.errors import PromptError
+from flexselect.core.layout import NONE, Clip
+from flexselect.llava_video import encode
 from flexselect.llava_video.modeling import (
     LlavaVideoConfig,
     LlavaVideoForConditionalGeneration,
+    frame_grid,
 )
 from flexselect.llava_video.processing import (
     LlavaVideoProcessor,
@@ -223,3 +227,18 @@ def test_saved_and_loaded_by_auto_processor(tokenizer: Qwen2Tokenizer, tmp_path:
     assert expected.keys() == actual.keys()
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
     assert loaded.apply_chat_template(QUESTION, add_generation_prompt=True) == PROMPT
+
+
+@pytest.mark.parametrize(
+    ("position", "cells"),
+    [
+        ("grid", [0, 1, NONE, 2, 3, NONE]),
+        ("frame", [0, 1, 2, 3, NONE]),
+        ("one_token", [0, 1, 2, 3]),
+        ("no_token", [0, 1, 2, 3]),
+    ],
+)
+def test_newlines_show_no_part_of_a_picture(position: str, cells: list[int]) -> None:
+    rows, columns = frame_grid(4, "bilinear", 2, position)
+    grid = encode.frame_grid(Clip(3, rows, columns), SimpleNamespace(newline_position=position))
+    assert (grid.rows, grid.columns, grid.cells.tolist()) == (2, 2, cells)

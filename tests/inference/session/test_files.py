@@ -202,6 +202,8 @@ def check_pairs_of_survivors(video: flexselect.Video, processor: Any, path: Path
     assert video.record["pictures"] == len(pictures)
     assert video.record["pictures_lost"] == info.num_frames - len(pictures) > 0
     assert video.clip.frames == -(-len(pictures) // 2) == len(video.times)
+    decoded = np.concatenate([part.indices for part in parts])
+    assert video.pictures.tolist() == decoded.tolist()
     np.testing.assert_allclose(video.times.numpy(), stamps[::2])
     features = stock_features(video.engine.model, stock_inputs(processor, pictures, fps=info.fps))
     torch.testing.assert_close(video.features.model, features, rtol=1e-5, atol=1e-5)
