@@ -291,9 +291,7 @@ def _parts_of_yaml(source: Path, root: Path | None, seed: int) -> Iterator[_Entr
         yield from _sampled(entries, strategy, where, f"{seed} {number}")
 
 
-def _parts_by_name(
-    source: Path, parts: Mapping[str, Any], root: Path | None
-) -> Iterator[_Entry]:
+def _parts_by_name(source: Path, parts: Mapping[str, Any], root: Path | None) -> Iterator[_Entry]:
     for name, part in parts.items():
         where = f"{source}, part {name!r}"
         if not isinstance(part, Mapping) or not isinstance(part.get("annotation"), str):

@@ -173,7 +173,7 @@ class SampleLoader:
         self.prefetch = prefetch
 
     def __len__(self) -> int:
-        """Samples of an epoch that go to this process."""
+        """Count the samples of an epoch that go to this process."""
         place, processes = self.shard
         total = len(self.samples)
         return total // processes if self.even else len(range(place, total, processes))
