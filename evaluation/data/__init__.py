@@ -1,0 +1,6 @@
+"""The benchmarks' data: fetched, unpacked safely, placed where lmms-eval looks, and verified."""
+
+from .benchmarks import BENCHMARKS, Benchmark
+from .prepare import Report, check, prepare
+
+__all__ = ["BENCHMARKS", "Benchmark", "Report", "check", "prepare"]

@@ -1,0 +1,146 @@
+"""The prompt of each benchmark with which the published numbers were made, per family.
+
+lmms-eval keeps a benchmark's prompt in the task's ``lmms_eval_specific_kwargs`` and looks it up by
+the model's id on the command line; an id it does not know, such as ours, gets ``default``. So the
+prompt is chosen here, deliberately, and written into the run record.
+
+What is known. The reference's evaluation tree (github.com/yunzhuzhang0918/flexselect, ``eval/``) is
+a fork of lmms-eval in which the families run under the ids ``llava_vid``, ``qwen2_5_vl`` and
+``internvl2``, and its task files say:
+
+- VideoMME: lmms-eval's text. ``llava_vid`` has its own ending, the other two have the default.
+- MLVU: one text for every model, with a line before the question and the first half of the answer
+  after it (its ``mlvu_new/utils.py``; an older ``mlvu/utils.py`` ends otherwise, and does not hold
+  the functions that its ``mlvu_dev.yaml`` names).
+- LongVideoBench, frames of the video: lmms-eval's text, the same for every model.
+- LVBench: an instruction before the question, VideoMME's endings after it, and the options' letters
+  without parentheses. Settings cannot say the last, so `adapt_text` does.
+
+What is inferred or not known.
+
+- For InternVL the reference's README names ``longvideobench_val_i``, which puts subtitles into the
+  prompt, while its model code in video mode takes one visual only. Whether the published figure
+  (60.1, Lite 61.2) has subtitles in it cannot be told from either; here it has none.
+- The reference published nothing for EgoSchema and MVBench: lmms-eval's own prompt is kept.
+- It lets a model say one token on VideoMME, LongVideoBench and LVBench (Qwen2.5-VL everywhere);
+  lmms-eval's limits of 16 and 32 are kept. An answer that starts with its letter counts the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..inference.registry import family_named
+
+#: Tasks whose prompt is chosen here; a name that starts with ``mvbench_`` is one of MVBench's.
+TASKS = (
+    "videomme",
+    "videomme_long",
+    "mlvu_dev",
+    "longvideobench_val_v",
+    "lvbench",
+    "egoschema",
+    "egoschema_subset",
+    "mvbench",
+)
+
+#: What a task that `evaluation.data` makes of local rows is called after its benchmark's name.
+LOCAL = "_local"
+
+_LETTER = "Answer with the option's letter from the given choices directly."
+_BEST = "The best answer is:"
+_LVBENCH = (
+    "Select the best answer to the following multiple-choice question based on the video. "
+    "Respond with only the letter (A, B, C, or D) of the correct option.\n"
+)
+
+
+def prompt_settings(family: str, task: str) -> dict[str, Any]:
+    """Return what a task's ``lmms_eval_specific_kwargs`` are to hold, over what they hold.
+
+    Parameters
+    ----------
+    family : a family, or its shorter name.
+    task : a task of lmms-eval, or a local one of the same benchmark (``videomme_local``).
+
+    Returns
+    -------
+    Settings by name; empty for a task whose prompt lmms-eval decides.
+
+    Raises
+    ------
+    OptionError
+        There is no such family.
+    """
+    ending = _BEST if family_named(family) == "llava_video" else f"\n{_LETTER}"
+    name = task.removesuffix(LOCAL)
+    if name in ("videomme", "videomme_long"):
+        return {"pre_prompt": "", "post_prompt": ending}
+    if name == "mlvu_dev":
+        instruction = "Answer with the best option's letter from the given choices directly."
+        return {"pre_prompt": "\n", "post_prompt": f"\n{instruction}\nBest option: ("}
+    if name == "longvideobench_val_v":
+        return {"pre_prompt": "", "post_prompt": f"{_LETTER}\n"}
+    if name == "lvbench":
+        return {"pre_prompt": _LVBENCH, "post_prompt": f"\n{ending}"}
+    if name in ("egoschema", "egoschema_subset"):
+        return {"pre_prompt": "", "post_prompt": f"\n{_LETTER}"}
+    if name == "mvbench" or name.startswith("mvbench_"):
+        return {"post_prompt": "Only give the best option.\n"}
+    return {}
+
+
+def adapt_text(task: str, text: str) -> str:
+    """Return the prompt with what settings cannot say: LVBench's letters lose their parentheses."""
+    if task.removesuffix(LOCAL) != "lvbench":
+        return text
+    for letter in "ABCD":
+        text = text.replace(f"({letter})", letter)
+    return text
+
+
+def give_prompt(task: Any, family: str) -> dict[str, Any]:
+    """Give a task that lmms-eval has loaded its prompt for a family; return its settings.
+
+    Only prompts that are built from now on change. To do it twice is to do it once.
+
+    Parameters
+    ----------
+    task : a ``ConfigurableTask`` of lmms-eval.
+    family : a family, or its shorter name.
+
+    Raises
+    ------
+    OptionError
+        There is no such family.
+    """
+    name = str(task.config.task)
+    ours = prompt_settings(family, name)
+    if not ours:
+        return dict(task.lmms_eval_specific_kwargs or {})
+    # What lmms-eval has merged still holds the settings by model id; only the merged ones count.
+    settings = {k: v for k, v in (task.lmms_eval_specific_kwargs or {}).items() if _plain(v)}
+    settings.update(ours)
+    task.lmms_eval_specific_kwargs = settings
+    build = task.config.doc_to_text
+    if name.removesuffix(LOCAL) == "lvbench" and not isinstance(build, _Adapted):
+        task.config.doc_to_text = _Adapted(name, build)
+    return settings
+
+
+class _Adapted:
+    """A task's ``doc_to_text`` with `adapt_text` after it; an object, so that it is known again."""
+
+    def __init__(self, task: str, build: Any) -> None:
+        self.task = task
+        self.build = build
+
+    def __call__(self, doc: Any, lmms_eval_specific_kwargs: Any = None) -> str:
+        return adapt_text(self.task, self.build(doc, lmms_eval_specific_kwargs))
+
+    def __repr__(self) -> str:
+        return f"adapt_text after {getattr(self.build, '__name__', 'a template')}"
+
+
+def _plain(value: Any) -> bool:
+    return not isinstance(value, dict)
