@@ -97,6 +97,36 @@ def fill_selector(selector: Any, folder: Path, convert: Convert, model: Any, nam
     return selector.to(model.device).eval()
 
 
+def copy_weights(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    """Fill a module whose parameters are on the meta device with copies of another one's.
+
+    Parameters
+    ----------
+    module : its buffers must be real.
+    weights : name to tensor, of every parameter and of nothing else.
+    what : what the weights are, for the message.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Names or shapes differ.
+    """
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in weights.items()}
+    if expected != given:
+        wrong = sorted(
+            name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name)
+        )
+        raise UnsupportedModelError(
+            f"The weights of {what} do not fit here: {some(wrong)} are missing, too many, or of "
+            "another size. Is it of another kind, or for another vision tower?"
+        )
+    copies = {name: value.detach().clone() for name, value in weights.items()}
+    module.load_state_dict(copies, assign=True)
+    for parameter in module.parameters():
+        parameter.requires_grad_(True)
+
+
 def keep_key(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     """Convert nothing: for a checkpoint in our own layout."""
     return [(name, tensor)]

@@ -139,7 +139,7 @@ def assemble(
     # Placeholder ids are never embedded; some families' lie outside the table.
     embeds = embed(layout.ids[rows].masked_fill(here, 0))
     wanted = (layout.feature.cumsum(0) - 1)[rows[here]]
-    seen = features.index_select(0, wanted).to(embeds.device, embeds.dtype)
+    seen = features.index_select(0, wanted.to(features.device)).to(embeds.device, embeds.dtype)
     return embeds.index_copy(0, here.nonzero()[:, 0].to(embeds.device), seen)
 
 

@@ -84,7 +84,7 @@ def load_selector(path: str, model: Any) -> InternVLSelector:
     selector = fill_selector(selector, folder, convert, model, str(path))
     check_fit(selector, model)
     if config.own_tokens:
-        selector.translate = _translator(folder, model)
+        selector.translate = translator(folder, model)
     return selector
 
 
@@ -114,8 +114,14 @@ def selector_config(
     )
 
 
-def _translator(selector: Path, model: Any) -> Translator | None:
-    """Build the translator from the tokenizers beside the weights, or None where one is missing."""
+def translator(selector: Path, model: Any) -> Translator | None:
+    """Build the translator from the tokenizers beside the weights, or None where one is missing.
+
+    Parameters
+    ----------
+    selector : folder of the selector, or of what it starts from.
+    model : the model it serves.
+    """
     if not (model.name_or_path and added_tokens(selector)):
         return None
     folder = local_folder(model.name_or_path)
