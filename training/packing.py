@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..core.errors import FlexSelectError
 
-
 #: What the greatest score becomes: as high as float16 goes with room for rounding.
 TOP = 2.0**15
 

@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -144,7 +145,7 @@ class ScoreStore:
 class ScoreWriter:
     """Adds the scores of one process to a store.
 
-    A context: left without an error, it writes what is still in memory.
+    A context: left without an error, or by Ctrl-C, it writes what is still in memory.
 
     Parameters
     ----------
@@ -152,7 +153,8 @@ class ScoreWriter:
     settings : what decides a score, as JSON has it. A store of other settings is refused.
     made_by : versions and names worth knowing that do not decide.
     shard : (place of this process, number of processes): only for the names of files.
-    flush_samples : samples after which a part is written.
+    flush_samples, flush_seconds : samples and seconds after which a part is written, whichever
+        comes first.
 
     Attributes
     ----------
@@ -174,6 +176,7 @@ class ScoreWriter:
         *,
         shard: tuple[int, int] = (0, 1),
         flush_samples: int = 64,
+        flush_seconds: float = 60.0,
     ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -193,6 +196,8 @@ class ScoreWriter:
         for left_over in self.folder.glob(f".{self._prefix}-*.partial"):
             left_over.unlink()
         self._flush_samples = flush_samples
+        self._flush_seconds = flush_seconds
+        self._flushed = time.monotonic()
         self._entries: list[Entry] = []
         self._tensors: dict[str, Tensor] = {}
 
@@ -205,17 +210,20 @@ class ScoreWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self.flush()
-        self.close()
+        try:
+            if kind is None or issubclass(kind, KeyboardInterrupt):
+                self.flush()
+        finally:
+            self.close()
 
     def add(self, id: str, scores: Tensor, prompt: Prompt) -> None:
         """Add the scores of a sample, ``(visual,)``, and whose they are."""
         packed = pack(scores)
         row = len(self._entries)
         digest = prompt_digest(prompt)
-        self._entries.append(describe(id, row, packed, prompt.num_frames, digest))
+        # Interrupted in between, a tensor without an entry does no harm.
         self._tensors |= tensors_of(row, packed)
+        self._entries.append(describe(id, row, packed, prompt.num_frames, digest))
         self._flush_if_full()
 
     def add_damaged(self, id: str, reason: str) -> None:
@@ -225,6 +233,7 @@ class ScoreWriter:
 
     def flush(self) -> None:
         """Write what is in memory as a part of its own."""
+        self._flushed = time.monotonic()
         if not self._entries:
             return
         number = 0
@@ -242,7 +251,8 @@ class ScoreWriter:
             self._lock = None
 
     def _flush_if_full(self) -> None:
-        if len(self._entries) >= self._flush_samples:
+        waited = time.monotonic() - self._flushed
+        if len(self._entries) >= self._flush_samples or waited >= self._flush_seconds:
             self.flush()
 
 
@@ -254,7 +264,7 @@ def merge(folder: str | Path, order: Sequence[str], shard_samples: int = SHARD_S
 
     Returns
     -------
-    Whether all of ``order`` is there. If not, or if another process is at it, nothing is done.
+    Whether all of ``order`` is there; if not, nothing is done.
 
     Raises
     ------
@@ -262,9 +272,9 @@ def merge(folder: str | Path, order: Sequence[str], shard_samples: int = SHARD_S
         A part is damaged.
     """
     folder = Path(folder)
-    held = lock(folder / ".merge.lock")
-    if held is None:
-        return False
+    # To wait matters: of two processes that finish at once, the second one sees everything.
+    held = lock(folder / ".merge.lock", wait=True)
+    assert held is not None
     try:
         store = ScoreStore(folder)
         wanted = dict.fromkeys(order)
@@ -324,11 +334,13 @@ def _settle(folder: Path, settings: Mapping[str, Any], made_by: Mapping[str, Any
             return
         # As JSON has them: a tuple comes back as a list.
         mine = json.loads(json.dumps(settings))
-        differ = different(_read_settings(folder)["settings"], mine)
+        record = _read_settings(folder)
+        differ = different(record["settings"], mine)
         if differ:
             raise OptionError(
-                f"{folder} holds scores of other settings: {', '.join(differ)}. Choose another "
-                "--out, or rank with the same settings."
+                f"{folder} holds scores of {record['made_by'].get('model', 'a model')} with other "
+                f"settings: {', '.join(differ)}. Choose another --out, or rank with the same "
+                "settings."
             )
     finally:
         os.close(held)

@@ -92,6 +92,7 @@ class OnlineTeacher:
         """All that decides a score."""
         return {
             **identity(self.architecture),
+            "dtype": str(self.architecture.model.dtype).removeprefix("torch."),
             "layer": self.layer,
             "aggregation": self.aggregation,
             "query": self.query,
@@ -156,8 +157,9 @@ class StoredTeacher:
         differ = different(there, here)
         if differ:
             raise CheckpointError(
-                f"{self.store.folder} holds scores for something else: {', '.join(differ)}. Train "
-                "with these, or run flexselect rank with other ones into another folder."
+                f"{self.store.folder} holds scores of {self.store.made_by.get('model', 'a model')} "
+                f"for something else: {', '.join(differ)}. Train with these settings, or run "
+                "flexselect rank with others into another folder."
             )
 
     def missing(self, ids: list[str]) -> list[str]:
