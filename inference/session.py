@@ -8,12 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ..core.architecture import Architecture, Pixels
+from ..core.architecture import Pixels
 from ..core.errors import OptionError, PromptError, VideoError
 from ..core.layout import Clip
 from ..core.selection import Moment, Selection
@@ -21,16 +19,13 @@ from .apply import check_decoding, count_new_tokens, is_applied
 from .engine import Engine
 from .features import FRAMES_PER_CHUNK, Encoded, Features, Progress, encode
 from .methods import FlexSelect, Method
+from .pictures import choose_pictures, whole_groups
 from .policy import resolve_sampling
 from .timing import Clock, Tee
 from .video import (
     DecodeReport,
-    FrameStream,
-    VideoInfo,
     probe,
     read_frames,
-    sample_fps,
-    sample_uniform,
 )
 
 #: Answers are short unless asked otherwise.
@@ -287,7 +282,7 @@ def open_video(
     clock.start("decode")
     info = probe(path)
     try:
-        chosen = _sample(architecture, info, policy)
+        chosen = choose_pictures(architecture, info, policy)
         size = architecture.picture_size(info.height, info.width, len(chosen), policy)
     except VideoError as error:
         raise VideoError(f"{path}: {error}") from None
@@ -299,7 +294,7 @@ def open_video(
     middles: list[float] = []
 
     def chunks() -> Iterator[Pixels]:
-        for pictures, times in _grouped(stream, group):
+        for pictures, times in whole_groups(stream, group):
             pixels = architecture.pixels(processor, pictures, spacing)
             clips.append(pixels.clip)
             stamps.append(times[::group])
@@ -372,33 +367,3 @@ def _setting(options: Mapping[str, Any], default: Any, name: str) -> Any:
     given = options.get("generation_config")
     values = (options.get(name), getattr(given, name, None), getattr(default, name, None))
     return next((value for value in values if value is not None), None)
-
-
-def _sample(
-    architecture: Architecture, info: VideoInfo, policy: Mapping[str, Any]
-) -> NDArray[np.int64]:
-    """Choose pictures by the family's own policy, else evenly by number or by time."""
-    indices = architecture.sample(info.num_frames, info.fps, policy)
-    if indices is not None:
-        return indices.numpy()
-    if policy.get("frames") is not None:
-        return sample_uniform(info, policy["frames"])
-    bounds = {name: policy[name] for name in ("min_frames", "max_frames") if name in policy}
-    return sample_fps(info, policy["fps"], **bounds)
-
-
-def _grouped(stream: FrameStream, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (pictures, seconds) in whole groups of ``size``, though damage may leave odd chunks."""
-    pictures: Tensor | None = None
-    times = torch.empty(0, dtype=torch.float64)
-    for part in stream:
-        stamps = torch.from_numpy(part.timestamps)
-        pictures = part.frames if pictures is None else torch.cat((pictures, part.frames))
-        times = torch.cat((times, stamps))
-        whole = len(times) // size * size
-        if whole:
-            yield pictures[:whole], times[:whole]
-            pictures, times = pictures[whole:], times[whole:]
-    if len(times):
-        assert pictures is not None
-        yield pictures, times
