@@ -25,7 +25,7 @@ import torch.distributed
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..core.errors import CheckpointError, FlexSelectError
 from ..core.selection import top_tokens
@@ -51,7 +51,7 @@ class SelectorTrainer(Trainer):
     student : what is trained.
     recipe : how.
     lessons : the training set; an entry is what ``teach`` makes a lesson of.
-    held_out : lessons for evaluation, the same on every process.
+    held_out : like ``lessons``, for evaluation; the same on every process.
     order : indices into ``lessons`` of every step of all epochs, in order.
     teach : turns entries into lessons, without gradients.
     out : folder of the checkpoints.
@@ -65,7 +65,7 @@ class SelectorTrainer(Trainer):
         student: Student,
         recipe: Recipe,
         lessons: Dataset[Any],
-        held_out: Sequence[Lesson],
+        held_out: Dataset[Any],
         order: Sequence[int],
         teach: Callable[[Sequence[Any]], list[Lesson]],
         out: Path,
@@ -75,10 +75,9 @@ class SelectorTrainer(Trainer):
         **more: Any,
     ) -> None:
         self.recipe = recipe
-        self.held_out = held_out
+        self.held_out: Any = held_out
         self.order = list(order)
         self.teach = teach
-        self.history: list[dict[str, float]] = []
         per_step = recipe.samples_per_device * recipe.accumulation
         arguments = TrainingArguments(
             output_dir=str(out),
@@ -107,7 +106,7 @@ class SelectorTrainer(Trainer):
             disable_tqdm=True,
             seed=recipe.seed,
             report_to=list(report_to),
-            **_device_arguments(student),
+            use_cpu=student.architecture.model.device.type == "cpu",
             **more,
         )
         self.steps = len(self.order) // (per_step * arguments.world_size)
@@ -129,6 +128,8 @@ class SelectorTrainer(Trainer):
             data_collator=_as_batch,
             callbacks=[_Show(progress)],
         )
+        # Every step has its row in the log; they belong in TensorBoard, not on standard output.
+        self.remove_callback(PrinterCallback)
         # Trainer divides the loss of a batch by the batches of a step: ours is a mean.
         self.model_accepts_loss_kwargs = False
 
@@ -197,14 +198,20 @@ class SelectorTrainer(Trainer):
         model.eval()
         place, processes = self.args.process_index, self.args.world_size
         total = torch.zeros(5, dtype=torch.float64)
-        mine = [self.held_out[i] for i in range(place, len(self.held_out), processes)]
         # Sharded parameters are gathered by all processes together: none may stop early.
         rounds = -(-len(self.held_out) // processes)
+        turns = [place + processes * index for index in range(rounds)]
+        workers = self.args.dataloader_num_workers
+        loader = DataLoader(
+            self.held_out,
+            batch_sampler=[[turn % len(self.held_out)] for turn in turns],
+            collate_fn=_as_batch,
+            num_workers=workers,
+        )
         with torch.no_grad(), self.compute_loss_context_manager():
-            for index in range(rounds):
-                spare = index >= len(mine)
-                for ranking in model([self.held_out[0] if spare else mine[index]]):
-                    if not spare:
+            for turn, batch in zip(turns, loader, strict=True):
+                for ranking in model(self.teach(batch["entries"])):
+                    if turn < len(self.held_out):
                         total += self._measure(ranking)
         model.train()
         if processes > 1:
@@ -216,7 +223,6 @@ class SelectorTrainer(Trainer):
             for name, value in zip(names, total[1:], strict=True)
         }
         self.log(dict(metrics))
-        self.history.append({"step": self.state.global_step, **metrics})
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
@@ -232,6 +238,13 @@ class SelectorTrainer(Trainer):
         ):
             found += torch.tensor([1.0, float(loss), *quality], dtype=torch.float64)
         return found
+
+    def finish(self) -> None:
+        """Evaluate and save at the end, where the last step did neither."""
+        self.control.should_evaluate = self.control.should_save = True
+        metrics = self._evaluate(None, None)
+        self._determine_best_metric(metrics=metrics, trial=None)
+        self._save_checkpoint(self.model, None)
 
     # -- files -------------------------------------------------------------------------------
 
@@ -375,12 +388,6 @@ class _Show(TrainerCallback):
 def _as_batch(entries: list[Any]) -> dict[str, Any]:
     """Keep entries as they are, under a name, as Trainer wants a mapping."""
     return {"entries": entries}
-
-
-def _device_arguments(student: Student) -> dict[str, Any]:
-    """Train where the student's model is: on the CPU only if it is there."""
-    on_cpu = student.architecture.model.device.type == "cpu"
-    return {"use_cpu": on_cpu, "ddp_backend": "gloo" if on_cpu else None}
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,245 @@
+"""One training run from data to a selector's folder, and going on with one that was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file
+
+from ..core.errors import CheckpointError, OptionError
+from ..inference.features import Progress
+from ..inference.presets import preset_of
+from ..inference.registry import architecture_of, load_model, load_processor
+from ..testbed.locate import checkpoint_folder, student_folder
+from .examples import Example, hold_out
+from .lessons import Schoolbook, Tutor
+from .recipe import Recipe
+from .samples import SampleLoader, SampleSet
+from .student import Student, new_selector, save_selector
+from .teacher import OnlineTeacher, StoredTeacher
+from .trainer import SelectorTrainer, best_checkpoint, checkpoints
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINTS = "checkpoints"
+_RECORD = "run.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run.
+
+    Attributes
+    ----------
+    folder : of the selector, the best by recall@K.
+    metrics : of the best: loss, spearman, recall_at_k, top_1_recall on the held-out samples.
+    steps, best_step : of the run, and of the selector that was kept.
+    seconds : time of training and evaluation, of all sessions of the run.
+    damaged : reasons why samples were left out, as far as this process met them.
+    """
+
+    folder: Path
+    metrics: dict[str, float]
+    steps: int
+    best_step: int
+    seconds: float
+    damaged: tuple[str, ...]
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """Fill in the testbed's models, and the teacher's settings from its preset."""
+    teacher = recipe.teacher or str(checkpoint_folder(recipe.family))
+    student = recipe.student or str(student_folder(recipe.family))
+    return dataclasses.replace(recipe, teacher=teacher, student=student)
+
+
+def train(
+    recipe: Recipe,
+    examples: Sequence[Example],
+    out: Path,
+    *,
+    scores: Path | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    report_to: Sequence[str] = (),
+    progress: Progress | None = None,
+    **more: Any,
+) -> Trained:
+    """Train a selector, or go on with the run that ``out`` holds.
+
+    Parameters
+    ----------
+    recipe : the settings.
+    examples : the data; `Recipe.hold_out` of them are set aside for evaluation.
+    out : folder of the selector; checkpoints lie in it too.
+    scores : folder of stored teacher scores; None asks the teacher online.
+    device, dtype : of the teacher.
+    report_to : where to log to, such as ("tensorboard",).
+    progress : called with ("train", step, steps).
+    more : further arguments of TrainingArguments, such as ``deepspeed``.
+
+    Raises
+    ------
+    CheckpointError
+        ``out`` holds another run, or a model cannot be loaded.
+    OptionError
+        A setting is out of range.
+    """
+    recipe = settled(recipe)
+    began = time.monotonic()
+    state = PartialState(**({"cpu": True} if device == "cpu" else {}))
+    model = load_model(str(recipe.teacher), dtype=dtype, device=device or str(state.device))
+    model.requires_grad_(False)
+    architecture = architecture_of(model)
+    if architecture.family != recipe.family:
+        raise OptionError(
+            f"{recipe.teacher} is a model of the family {architecture.family}, but the recipe is "
+            f"for {recipe.family}."
+        )
+    processor = load_processor(str(recipe.teacher))
+    method = preset_of(architecture).method
+    knobs = {
+        name: getattr(recipe, name) if getattr(recipe, name) is not None else method[name]
+        for name in ("layer", "aggregation", "query", "frames_per_set")
+    }
+    recipe = dataclasses.replace(recipe, **knobs)
+    training, aside = hold_out(examples, recipe.hold_out, recipe.seed)
+    sampling = {"frames": recipe.frames}
+    samples = SampleSet(training, architecture, processor, sampling)
+    held_out = SampleSet(aside, architecture, processor, sampling)
+    teacher: Any = OnlineTeacher(architecture, **knobs, sampling=samples.policy)
+    if scores is not None:
+        teacher = StoredTeacher(scores)
+        teacher.check(architecture, **knobs, sampling=samples.policy)
+    tutor = Tutor(architecture, teacher)
+
+    torch.manual_seed(recipe.seed)
+    assert recipe.student is not None
+    selector = new_selector(
+        architecture, recipe.student, aggregation=knobs["aggregation"], layer=knobs["layer"]
+    )
+    student = Student(
+        selector,
+        architecture,
+        frames_per_set=knobs["frames_per_set"],
+        query=knobs["query"],
+        train_projector=recipe.train_projector,
+    )
+    memory = tutor if recipe.cache else None
+    if recipe.cache:
+        # What is remembered lies in this process.
+        recipe = dataclasses.replace(recipe, workers=0)
+    book = Schoolbook(samples, memory)
+    trainer = SelectorTrainer(
+        student.to(model.device),
+        recipe,
+        book,
+        Schoolbook(held_out, memory),
+        order(samples, recipe),
+        tutor,
+        out / _CHECKPOINTS,
+        report_to=report_to,
+        progress=progress,
+        **more,
+    )
+    record = _agree(out, recipe, examples, scores, trainer.args.world_size, state)
+    found = checkpoints(out / _CHECKPOINTS)
+    trainer.train(resume_from_checkpoint=str(found[-1][1]) if found else None)
+    if trainer.state.global_step not in dict(checkpoints(out / _CHECKPOINTS)):
+        trainer.finish()
+    state.wait_for_everyone()
+    step, folder = best_checkpoint(out / _CHECKPOINTS)
+    metrics = _metrics(folder, trainer.state.log_history, step)
+    spent = record.get("seconds", 0.0) + time.monotonic() - began
+    if state.is_main_process:
+        own = getattr(selector.config, "own_tokens", False)
+        save_selector(
+            selector,
+            out,
+            weights=load_file(folder / "model.safetensors"),
+            dtype=torch.bfloat16,
+            tokens_from=recipe.student if own else None,
+        )
+        _write(out / _RECORD, {**record, "seconds": spent, "finished": True})
+    state.wait_for_everyone()
+    return Trained(
+        out, metrics, trainer.steps, step, spent, tuple(sorted(set(book.damaged.values())))
+    )
+
+
+def order(samples: SampleSet, recipe: Recipe) -> list[int]:
+    """Draw the samples of all epochs, in order.
+
+    What is remembered is drawn question by question; what must be decoded, video by video.
+    """
+    loader = SampleLoader(samples, seed=recipe.seed, together=not recipe.cache)
+    whole, part = divmod(recipe.epochs, 1)
+    drawn = [index for epoch in range(int(whole)) for index in loader.order(epoch)]
+    return drawn + loader.order(int(whole))[: round(part * len(samples))]
+
+
+def _agree(
+    out: Path,
+    recipe: Recipe,
+    examples: Sequence[Example],
+    scores: Path | None,
+    processes: int,
+    state: PartialState,
+) -> dict[str, Any]:
+    """Write down what decides a run, or compare with the one that is there."""
+    settings = json.loads(
+        json.dumps(
+            {
+                **recipe.record(),
+                "samples": len(examples),
+                "first_sample": examples[0].id,
+                "last_sample": examples[-1].id,
+                "offline": scores is not None,
+                "processes": processes,
+            }
+        )
+    )
+    path = out / _RECORD
+    record: dict[str, Any] = {"settings": settings}
+    if path.is_file():
+        record = json.loads(path.read_text())
+        there = record.get("settings", {})
+        differ = sorted(k for k in {*settings, *there} if settings.get(k) != there.get(k))
+        if differ:
+            raise CheckpointError(
+                f"{out} holds a run with other settings ({', '.join(differ)}). Choose another "
+                "folder with --out, or delete that one."
+            )
+    elif state.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        _write(path, record)
+    state.wait_for_everyone()
+    return record
+
+
+def _metrics(folder: Path, history: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
+    """Find what the held-out samples said at a step."""
+    rows = [row for row in history if row.get("step") == step and "eval_loss" in row]
+    if not rows:
+        raise CheckpointError(f"{folder} has no evaluation on record.")
+    return {
+        name.removeprefix("eval_"): float(value)
+        for name, value in rows[-1].items()
+        if name.startswith("eval_") and isinstance(value, (int, float))
+    }
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    draft.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(draft, path)
