@@ -1,4 +1,4 @@
-"""Answering: conversations about opened videos, pictures or text alone, one or several at a time."""
+"""Answering: conversations about videos, pictures or text alone, one or several at a time."""
 
 from __future__ import annotations
 

@@ -2,8 +2,110 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated, Any
+
 import typer
+
+from ..inference.terminal import err, out, user_errors
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
+    app.command(name="eval")(evaluate)
+
+
+def evaluate(
+    family: Annotated[
+        str, typer.Argument(help="Model family: qwen, llava, internvl, or a folder's name.")
+    ] = "qwen",
+    ckpt: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a model; default: the tiny one here.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="lmms-eval tasks, by commas; default: needles, or the four long-video benchmarks "
+            "with --ckpt."
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="full, uniform, random, flexselect, flexselect-lite, by commas."),
+    ] = None,
+    selector: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a Lite selector, for flexselect-lite.")
+    ] = None,
+    budget: Annotated[int | None, typer.Option(help="Visual tokens that may stay.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Reference layer, for flexselect.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Pictures of a video to look at.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Pictures a second, instead.")] = None,
+    max_frames: Annotated[int | None, typer.Option(help="Most pictures, with --fps.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions a task.", min=1)] = None,
+    gpus: Annotated[
+        int, typer.Option(help="Processes, each on a GPU of its own if there are any.", min=1)
+    ] = 1,
+    batch_size: Annotated[int, typer.Option(help="Questions answered at a time.", min=1)] = 1,
+    include: Annotated[
+        list[Path] | None, typer.Option(help="Folder of more tasks; may be given again.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute, such as cuda.")] = None,
+    attn: Annotated[str | None, typer.Option(help="Attention kernel.")] = None,
+    record_selection: Annotated[
+        bool, typer.Option("--record-selection", help="Also keep which frames stayed, by sample.")
+    ] = False,
+    output: Annotated[Path, typer.Option("--out", help="Folder of all runs.")] = Path(
+        "results/eval"
+    ),
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Begin anew instead of continuing a run.")
+    ] = False,
+) -> None:
+    """Compare methods on benchmarks, through lmms-eval.
+
+    Without options: the tiny model on generated videos, offline. Interrupted, the same command
+    continues where it stopped.
+    """
+    with user_errors():
+        from .defaults import make_plan
+        from .plan import TABLE, choose_folder
+        from .run import perform
+        from .tables import EXPLANATION, terminal
+
+        shared: dict[str, Any] = {
+            "frames": frames,
+            "fps": fps,
+            "max_frames": max_frames,
+            "batch_size": batch_size,
+            "dtype": dtype,
+            "device": device,
+            "attn_implementation": attn,
+            "record_selection": record_selection or None,
+        }
+        plan = make_plan(
+            family,
+            checkpoint=ckpt,
+            tasks=tasks,
+            methods=methods,
+            selector=selector,
+            budget=budget,
+            layer=layer,
+            limit=limit,
+            processes=gpus,
+            include=include or [],
+            shared=shared,
+        )
+        folder, continued = choose_folder(output / plan.family, plan, fresh)
+        err.print(
+            f"{'Continuing' if continued else 'Run'} {folder}"
+            + (" (--fresh would begin anew)" if continued else ""),
+            markup=False,
+            highlight=False,
+        )
+        for method, reason in plan.missing.items():
+            err.print(f"{method} is left out: {reason}", style="yellow", markup=False)
+        rows = perform(folder, plan)
+        out.print(terminal(rows, f"{plan.family}, {plan.checkpoint}"))
+        out.print(EXPLANATION, style="dim", markup=False)
+        out.print(f"{folder / TABLE}", markup=False, highlight=False)

@@ -71,7 +71,8 @@ class FlexSelectModel(lmms):
     ----------
     arguments : what was given.
     settings : everything but the question that decides an answer.
-    rows : what the latest call answered, in the order of its requests: the journal's lines.
+    settings_name : their digest.
+    answered : what the latest call answered, in all processes: the journal's lines by key.
 
     Raises
     ------
@@ -97,7 +98,8 @@ class FlexSelectModel(lmms):
                 f"--model must be flexselect_{self.engine.architecture.family}."
             )
         self.settings = self._settings()
-        self.rows: list[Row] = []
+        self.settings_name = digest(self.settings)
+        self.answered: dict[str, Row] = {}
 
     @property
     def device(self) -> torch.device:
@@ -120,11 +122,10 @@ class FlexSelectModel(lmms):
         """
         questions = read_requests(requests, self.task_dict)
         self._ask_again = {request.args[4]: request.args[1] for request in requests}
-        self._key = digest(self.settings)
-        found = self._answer_shared([question for question in questions if question is not None])
-        rows = [None if q is None else found[q.key(self._key)] for q in questions]
-        self.rows = [row for row in rows if row is not None]
+        asked = [question for question in questions if question is not None]
+        self.answered = self._answer_shared(asked)
         self._report()
+        rows = [None if q is None else self.answered[q.key(self.settings_name)] for q in questions]
         return [
             GenerationResult("")
             if row is None
@@ -198,7 +199,7 @@ class FlexSelectModel(lmms):
         journal = None if folder is None else Journal(Path(folder), self.rank)
         done = {} if journal is None else journal.read()
         ordered = [question for group in by_video(questions) for question in group]
-        keys = [question.key(self._key) for question in ordered]
+        keys = [question.key(self.settings_name) for question in ordered]
         known = sum(key in done for key in keys)
         if known:
             logger.warning("%d of %d answers are there already.", known, len(keys))
@@ -209,7 +210,10 @@ class FlexSelectModel(lmms):
                 names = keys[start : start + len(batch)]
                 if any(name not in done for name in names):
                     rows = self._answer_batch(batch)
-                    rows = [{"key": k, **row} for k, row in zip(names, rows, strict=True)]
+                    rows = [
+                        {"key": name, "settings": self.settings_name, **row}
+                        for name, row in zip(names, rows, strict=True)
+                    ]
                     if journal is not None:
                         journal.append(rows)
                     done.update({row["key"]: row for row in rows})
@@ -239,7 +243,7 @@ class FlexSelectModel(lmms):
         options = generation_options(batch[0].generation, self.arguments.max_new_tokens)
         if options["do_sample"]:
             # A question draws the same whatever was asked before it.
-            torch.manual_seed(int(batch[0].key(self._key)[:8], 16))
+            torch.manual_seed(int(batch[0].key(self.settings_name)[:8], 16))
         engine, processor = self.engine, self._tools.processor
         stops = stop_texts(batch[0].generation)
         replies = answer(engine, processor, [prompt for _, prompt in asked], options, stops)
@@ -314,12 +318,12 @@ class FlexSelectModel(lmms):
         return self._loaded
 
     def _report(self) -> None:
-        failed = [row for row in self.rows if row["error"]]
-        if failed:
+        failed = [row for row in self.answered.values() if row["error"]]
+        if failed and self.rank == 0:
             logger.warning(
                 "%d of %d questions had no usable video; their answers are empty. First: %s",
                 len(failed),
-                len(self.rows),
+                len(self.answered),
                 failed[0]["error"],
             )
         videos = self._tools.videos
@@ -345,7 +349,7 @@ class LlavaVideoModel(FlexSelectModel):
     family = "llava_video"
 
 
-class Qwen2_5_VLModel(FlexSelectModel):  # noqa: N801 (named like its architecture)
+class Qwen2_5_VLModel(FlexSelectModel):
     """``--model flexselect_qwen2_5_vl``."""
 
     family = "qwen2_5_vl"

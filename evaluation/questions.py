@@ -1,4 +1,4 @@
-"""What the harness asks: its requests, read into questions that can be compared, sent and sorted."""
+"""What the harness asks: its requests, read into questions that can be compared and sent."""
 
 from __future__ import annotations
 

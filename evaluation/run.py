@@ -1,0 +1,121 @@
+"""A run from its plan to its table: processes started, figures gathered, files written."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.errors import FlexSelectError, OptionError
+from .plan import (
+    RECORD,
+    SUMMARY,
+    TABLE,
+    Plan,
+    hold,
+    point_latest,
+    read_json,
+    write_json,
+    write_text,
+)
+from .scores import missing_row
+from .tables import markdown, savings
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+def perform(folder: Path, plan: Plan) -> list[Row]:
+    """Do what is planned for a folder; returns the rows of its table, by task and method.
+
+    Raises
+    ------
+    OptionError
+        There are more processes than GPUs.
+    FlexSelectError
+        Another process works on the folder, or one that was started failed.
+    """
+    lock = hold(folder)
+    try:
+        began = time.perf_counter()
+        if plan.processes > 1:
+            _start_processes(folder, plan.processes, lock)
+        else:
+            # Imports the harness, which takes seconds.
+            from .worker import evaluate_run
+
+            evaluate_run(folder)
+        rows = gather_rows(folder, plan)
+        notes = _notes(folder, rows, time.perf_counter() - began)
+        title = f"{plan.family}: {', '.join(plan.tasks)}"
+        write_text(folder / TABLE, markdown(rows, title, notes))
+        _finish_record(folder, plan)
+        write_json(folder / SUMMARY, rows)
+        point_latest(folder)
+        return rows
+    finally:
+        os.close(lock)
+
+
+def gather_rows(folder: Path, plan: Plan) -> list[Row]:
+    """Collect the rows of every method, task by task, those that could not run included."""
+    by_method = {method: read_json(folder / method / "rows.json") for method in plan.methods}
+    absent = [method for method, rows in by_method.items() if rows is None]
+    if absent:
+        raise FlexSelectError(f"{folder}: {', '.join(absent)} left no figures; see the logs there.")
+    tasks = list(dict.fromkeys(row["task"] for rows in by_method.values() for row in rows))
+    found = []
+    for task in tasks:
+        for method in (*plan.methods, *plan.missing):
+            if method in plan.missing:
+                found.append(missing_row(method, task, plan.missing[method]))
+            else:
+                found += [row for row in by_method[method] if row["task"] == task]
+    return found
+
+
+def _start_processes(folder: Path, count: int, lock: int) -> None:
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < count:
+        raise OptionError(f"{count} processes need {count} GPUs, this machine has {gpus}.")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc_per_node", str(count), "-m", f"{__package__}.worker", str(folder)),
+    ]
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    # The lock goes along: should this process be killed, the others still hold it.
+    done = subprocess.run(command, env=environment, pass_fds=[lock], check=False)
+    if done.returncode:
+        raise FlexSelectError(
+            f"{folder}: a process failed with exit code {done.returncode}; what it said is above. "
+            "The same command continues with the questions that are left."
+        )
+
+
+def _notes(folder: Path, rows: list[Row], seconds: float) -> list[str]:
+    record = read_json(folder / RECORD)
+    gpus = record["machine"]["gpus"]
+    where = gpus[0] if gpus else f"CPU, {record['machine']['threads']} thread(s)"
+    failed = sum(row["failed"] for row in rows)
+    notes = [
+        f"Model {record['plan']['checkpoint']}, {where}, {record['plan']['processes']} process(es),"
+        f" {seconds:.0f} s.",
+        savings(rows),
+        f"{failed} questions had no usable video; `samples.jsonl` says why." if failed else None,
+    ]
+    return [note for note in notes if note is not None]
+
+
+def _finish_record(folder: Path, plan: Plan) -> None:
+    """Add to the run record what was known only once tasks and model were loaded."""
+    record = read_json(folder / RECORD)
+    record["methods"] = {name: read_json(folder / name / "settings.json") for name in plan.methods}
+    record["finished"] = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    write_json(folder / RECORD, record)

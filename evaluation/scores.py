@@ -1,0 +1,161 @@
+"""Figures of a run: what the harness scored beside what the journal measured, one row a task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+#: Stages up to the first token, in order; the first two are shared by the questions of a video.
+TO_FIRST_TOKEN = ("decode", "encode", "rank", "gather", "prefill")
+STAGES = (*TO_FIRST_TOKEN, "answer")
+
+#: What the benchmarks that keep no score of a sample compare.
+_COMPARED = (("pred_answer", "answer"), ("parsed_pred", "answer"), ("pred", "ground_truth"))
+
+Row = dict[str, Any]
+
+
+def sample_score(value: Any) -> float | None:
+    """Return 0 or 1 from what a task's ``process_results`` gives for a metric; None if it cannot.
+
+    Some give a number, some a dict with a score, some only the answer and the right one.
+    """
+    if isinstance(value, bool | int | float):
+        return float(value)
+    if isinstance(value, Mapping):
+        if isinstance(value.get("score"), bool | int | float):
+            return float(value["score"])
+        for said, right in _COMPARED:
+            if said in value and right in value:
+                return float(str(value[said]).lower() == str(value[right]).lower())
+    return None
+
+
+def task_samples(
+    method: str, task: str, logged: Sequence[Mapping[str, Any]], journal: Sequence[Row], metric: str
+) -> list[Row]:
+    """Join the harness's samples of a task with the journal's lines, in the order of its rows."""
+    lines = {row["doc_id"]: row for row in journal if row["task"] == task and not row["ordinal"]}
+    samples = []
+    for sample in sorted(logged, key=lambda each: int(each["doc_id"])):
+        line = lines.get(sample["doc_id"], {})
+        samples.append(
+            {
+                "method": method,
+                "task": task,
+                "doc_id": sample["doc_id"],
+                "score": sample_score(sample.get(metric)),
+                "answer": line.get("answer"),
+                "target": str(sample["target"]),
+                "error": line.get("error"),
+                "videos": line.get("videos", []),
+                "pictures": line.get("pictures", 0),
+                "pictures_lost": line.get("pictures_lost", 0),
+                "visual_tokens": line.get("visual_tokens", 0),
+                "kept_tokens": line.get("kept_tokens", 0),
+                "opened": line.get("opened", 0),
+                "seconds": line.get("seconds", {}),
+                **({"selection": line["selection"]} if "selection" in line else {}),
+            }
+        )
+    return samples
+
+
+def task_row(
+    method: str, task: str, metric: str, samples: Sequence[Row], results: Mapping[str, Any]
+) -> Row:
+    """Sum up a task.
+
+    Parameters
+    ----------
+    method, task, metric : what was evaluated, and the harness's name of the figure.
+    samples : from `task_samples`.
+    results : the harness's results of the task.
+
+    Returns
+    -------
+    ``accuracy`` is the harness's own figure, as a share; ``stderr`` its error, by clusters where
+    the task has them. Tokens, frames and times are means over the questions whose video could be
+    read; times count decoding and encoding as if every question were the first about its video.
+    """
+    scores = [sample["score"] for sample in samples if sample["score"] is not None]
+    asked = [sample for sample in samples if not sample["error"]]
+    stages = {
+        stage: _mean([sample["seconds"].get(stage, 0.0) for sample in asked]) for stage in STAGES
+    }
+    spared = sum(
+        sample["seconds"].get("decode", 0.0) + sample["seconds"].get("encode", 0.0)
+        for sample in asked
+        if not sample["opened"]
+    )
+    return {
+        "method": method,
+        "task": task,
+        "metric": metric,
+        "frames": _mean([sample["pictures"] for sample in asked]),
+        "samples": len(samples),
+        "failed": len(samples) - len(asked),
+        "accuracy": _share(_figure(results, metric), scores),
+        "stderr": _error(results, metric, scores),
+        "visual_tokens": _mean([sample["visual_tokens"] for sample in asked]),
+        "kept_tokens": _mean([sample["kept_tokens"] for sample in asked]),
+        "ttft_s": sum(stages[stage] for stage in TO_FIRST_TOKEN),
+        "stages": stages,
+        "opened": sum(sample["opened"] for sample in samples),
+        "spared_s": spared,
+        "note": None,
+    }
+
+
+def missing_row(method: str, task: str, reason: str) -> Row:
+    """Stand for a method that could not run, and say why."""
+    empty = dict.fromkeys(
+        ("metric", "frames", "accuracy", "stderr", "visual_tokens", "kept_tokens", "ttft_s")
+    )
+    counts = {"samples": 0, "failed": 0, "stages": {}, "opened": 0, "spared_s": 0.0}
+    return {"method": method, "task": task, **empty, **counts, "note": reason}
+
+
+def half_width(row: Row) -> float | None:
+    """Half the 95 % interval of a row's accuracy.
+
+    Of a share it is Wilson's, which is not zero where all answers are right; a larger error that
+    the harness gives, as by clusters, is taken instead.
+    """
+    count, share = row["samples"], row["accuracy"]
+    if not count or share is None:
+        return None
+    z = 1.96
+    wilson = z / (1 + z * z / count)
+    wilson *= math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(wilson, z * (row["stderr"] or 0.0))
+
+
+def _figure(results: Mapping[str, Any], metric: str) -> float | None:
+    value = results.get(f"{metric},none")
+    return float(value) if isinstance(value, bool | int | float) else None
+
+
+def _share(figure: float | None, scores: Sequence[float]) -> float | None:
+    """Return the harness's figure as a share: some tasks give percents, and none says so."""
+    mean = _mean(scores)
+    if figure is None or mean is None:
+        return mean if figure is None else figure
+    return min((figure, figure / 100), key=lambda value: abs(value - mean))
+
+
+def _error(results: Mapping[str, Any], metric: str, scores: Sequence[float]) -> float | None:
+    for kind in ("stderr_clustered", "stderr_clt"):
+        value = results.get(f"{metric}_{kind},none")
+        if isinstance(value, int | float) and not math.isnan(value):
+            return float(value)
+    if len(scores) < 2:
+        return None
+    mean = fmean(scores)
+    return math.sqrt(sum((s - mean) ** 2 for s in scores) / (len(scores) - 1) / len(scores))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
