@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -28,8 +29,8 @@ from flexselect.inference.terminal import err, out, progress_bars, user_errors
 NAMED = 10
 
 
-def main() -> int:
-    """Prepare or check one benchmark, and say what is there."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prepare or check one benchmark, say what is there, and return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -43,7 +44,7 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="only verify, change nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress display")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         with user_errors():
             report = run(options)
