@@ -20,13 +20,18 @@ ARGS ?=
 FLEXSELECT_SHARED ?= ../shared
 FIXTURES ?= $(FLEXSELECT_SHARED)/fixtures
 
+# Model family of the commands that need one: qwen, llava, internvl, or a folder's name.
+MODEL ?= qwen
+# $(call option,name,VARIABLE): --name with the variable's value, where it has one.
+option = $(if $($(2)),--$(1) '$($(2))')
+
 # Passive waiting: threads that spin on busy cores cost more than they gain.
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export FLEXSELECT_SHARED
 
-.PHONY: help install test lint pytest format fixtures clean
+.PHONY: help install test lint pytest format fixtures eval clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +71,13 @@ fixtures: install ## compare with the golden data in FIXTURES=folder
 	@if [ ! -d "$(FIXTURES)" ]; then \
 		echo "No golden data at $(FIXTURES); name its folder: make fixtures FIXTURES=..." >&2; exit 1; fi
 	$(BIN)/python scripts/check_fixture.py "$(FIXTURES)"
+
+eval: install ## compare methods on benchmarks; MODEL= CKPT= TASKS= METHODS= SELECTOR= LIMIT= GPUS=
+	$(BIN)/flexselect eval $(MODEL) $(call option,ckpt,CKPT) $(call option,tasks,TASKS) \
+		$(call option,methods,METHODS) $(call option,selector,SELECTOR) \
+		$(call option,budget,BUDGET) $(call option,layer,LAYER) $(call option,frames,FRAMES) \
+		$(call option,fps,FPS) $(call option,gpus,GPUS) $(call option,limit,LIMIT) \
+		$(call option,include,INCLUDE) $(ARGS)
 
 clean: ## remove caches and build outputs; .venv stays
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
