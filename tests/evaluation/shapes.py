@@ -13,6 +13,8 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
+from flexselect.evaluation.data import BENCHMARKS, prepare
+from flexselect.evaluation.data.tasks import tasks_folder
 from flexselect.tests.paths import SMALL_MEDIA
 
 ROWS = Path(__file__).parent / "data"
@@ -143,3 +145,17 @@ def tree(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not path.name.endswith(".lock")
     }
+
+
+def prepare_all(folder: Path) -> Path:
+    """Prepare every benchmark below one root; return it."""
+    root = folder / "root"
+    for name in TASKS:
+        report = prepare(BENCHMARKS[name], root, make_source(folder / "sources" / name, name))
+        assert not report.tasks[TASKS[name]].missing
+    return root
+
+
+def include(root: Path) -> list[Path]:
+    """Return the folders of the task files."""
+    return [tasks_folder(root, BENCHMARKS[name]) for name in TASKS]

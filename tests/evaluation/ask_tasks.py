@@ -1,0 +1,44 @@
+"""Prints, as JSON, what lmms-eval asks of each family and which videos it opens for that.
+
+``python ask_tasks.py '["videomme_local"]' FOLDER...``, with HF_HOME set: a process of its own,
+because lmms-eval's tasks read HF_HOME while they are imported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from lmms_eval.tasks import TaskManager
+
+from flexselect.evaluation.prompts import give_prompt
+
+FAMILIES = ("internvl", "llava_video", "qwen2_5_vl")
+
+
+def main() -> None:
+    tasks = json.loads(sys.argv[1])
+    manager = TaskManager(include_path=sys.argv[2:], include_defaults=False)
+    found: dict[str, Any] = {}
+    for name in tasks:
+        task = manager.load_task_or_group(name, "chat")[name]
+        docs = list(task.eval_docs)
+        found[name] = {
+            "default": [task.doc_to_text(doc) for doc in docs],
+            "videos": [task.doc_to_visual(doc) for doc in docs],
+            "prompts": {},
+        }
+        for family in FAMILIES:
+            settings = [give_prompt(task, family) for _ in range(2)]
+            assert settings[0] == settings[1], "twice is once"
+            messages = [task.doc_to_messages(doc) for doc in docs]
+            assert all(len(turns) == 1 and turns[0]["role"] == "user" for turns in messages)
+            shown = [[part["type"] for part in turns[0]["content"]] for turns in messages]
+            assert all(kinds == ["video", "text"] for kinds in shown), shown
+            found[name]["prompts"][family] = [turns[0]["content"][1]["text"] for turns in messages]
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
