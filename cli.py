@@ -26,12 +26,14 @@ from .inference.registry import (
     CHECKPOINTS,
     FAMILIES,
     convert_model,
+    family_named,
     load_model,
     load_processor,
 )
 from .inference.session import Answer, Video, check_question, open_video
 from .inference.terminal import err, out, progress_bars, stamp, user_errors
 from .inference.video import probe
+from .testbed.locate import checkpoint_folder
 
 app = typer.Typer(
     help="Answer questions about long videos from the visual tokens that matter.",
@@ -45,6 +47,13 @@ def _known_method(name: str) -> str:
     if name not in METHODS:
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(METHODS)}.")
     return name
+
+
+def _known_family(name: str) -> str:
+    try:
+        return family_named(name)
+    except OptionError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _version(wanted: bool) -> None:
@@ -70,7 +79,23 @@ def _root(
 def ask(
     video: Annotated[Path, typer.Argument(help="A video file.", show_default=False)],
     question: Annotated[str, typer.Argument(help="What to ask about it.", show_default=False)],
-    model: Annotated[str, typer.Option(help="Folder or hub id of the model.", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub id of the model; default: the tiny one of --family in the testbed, "
+            "which knows only testbed videos.",
+            show_default=False,
+        ),
+    ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(
+            help="Without --model: whose tiny model answers.",
+            parser=_known_family,
+            metavar="<qwen|llava|internvl>",
+            show_default="qwen",
+        ),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
@@ -160,6 +185,11 @@ def ask(
             }
         )
         _check_before_loading(video, question, budget, save)
+        note = None
+        if model is None:
+            model, note = _tiny_model(family or family_named("qwen"))
+        elif family is not None:
+            raise OptionError("--family chooses a tiny model; leave it out where --model is given.")
         logging_of_transformers.disable_progress_bar()
         with progress_bars(quiet or as_json) as progress:
             progress("load", 0, 1)
@@ -179,6 +209,8 @@ def ask(
             )
             answer = opened.ask(question, progress, max_new_tokens=max_new_tokens)
         report = _report(opened, question, answer, moments)
+        if note is not None:
+            report["note"] = note
         if as_json:
             typer.echo(json.dumps(report, indent=1))
         else:
@@ -268,6 +300,15 @@ def _check_before_loading(
     probe(video)
 
 
+def _tiny_model(family: str) -> tuple[str, str]:
+    """Return the folder of the testbed's model of a family, and what its user should know."""
+    note = (
+        f"No --model was named: the tiny {family} of the testbed answered. It knows only testbed "
+        "videos and their questions; python -m flexselect.testbed.make renders some."
+    )
+    return str(checkpoint_folder(family)), note
+
+
 def _report(video: Video, question: str, answer: Answer, moments: int) -> dict[str, Any]:
     """Collect what an answer says and what decided it, as ``--json`` prints it."""
     selection = answer.selection
@@ -286,6 +327,8 @@ def _report(video: Video, question: str, answer: Answer, moments: int) -> dict[s
 def _show(report: dict[str, Any]) -> None:
     """Print an answer for people."""
     out.print(report["answer"] or "(the model said nothing)", markup=False, highlight=False)
+    if "note" in report:
+        err.print(report["note"], style="yellow", markup=False, highlight=False)
     if report["cut"]:
         err.print("The answer was cut at --max-new-tokens.", style="yellow")
     before, after = report["visual_tokens"], report["kept_tokens"]

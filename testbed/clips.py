@@ -26,6 +26,7 @@ MAX_STEP = 4
 #: makes them; such a frame counts as what its first picture shows.
 MIXED = 0.1
 NAMES = (COLOURS, SHAPES, DIGITS)
+FILLERS = ("what", "is", "on", "the", "one", "with", "number", "colour", "shape", "?")
 
 
 def film_scenes(
@@ -146,12 +147,21 @@ def pruned_clip(
 
 
 def drill(
-    pool: Pool, clip: Clip, cell_slots: Sequence[int], rng: np.random.RandomState, count: int
+    pool: Pool,
+    clip: Clip,
+    cell_slots: Sequence[int],
+    rng: np.random.RandomState,
+    count: int,
+    *,
+    gaps: int = 0,
 ) -> list[tuple[str, str]]:
     """Name marks by two attributes, in any order, for the third: ("star red", "7").
 
     Questions alone teach nothing for hundreds of steps: one answer in ten tokens is too thin.
-    Every third token of a drill is an answer.
+    Every third token of a drill is an answer. With ``gaps``, up to so many words of questions
+    stand, at random, before either attribute and before the answer: ("with star the one red ?",
+    "7"), because a model that has only ever answered right behind the second attribute may not
+    find its way from there to the end of a question.
     """
     shown = _shown(pool, clip, cell_slots)
     answers = _answers(shown)
@@ -161,8 +171,17 @@ def drill(
         if len(answers[_key(mark, third)]) == 1:
             first, second = rng.permutation([axis for axis in range(3) if axis != third])
             words = [NAMES[axis][mark[axis]] for axis in (first, second, third)]
-            found.append((f"{words[0]} {words[1]}", words[2]))
+            names = " ".join(words[:2])
+            if gaps:
+                fill = [_filler(rng, gaps) for _ in range(3)]
+                names = f"{fill[0]} {words[0]} {fill[1]} {words[1]} {fill[2]}"
+            found.append((names, words[2]))
     return found[:count]
+
+
+def _filler(rng: np.random.RandomState, most: int) -> str:
+    """Draw up to ``most`` words of questions that name no mark."""
+    return " ".join(FILLERS[at] for at in rng.randint(len(FILLERS), size=rng.randint(most + 1)))
 
 
 def ask(

@@ -95,6 +95,10 @@ class Family(ABC):
         """List the modules that turn pixels into features."""
 
     @abstractmethod
+    def projector(self, model: Any) -> torch.nn.Module:
+        """Return the part of the tower that brings features to the language model's width."""
+
+    @abstractmethod
     def frame_slots(self) -> tuple[list[int], list[bool]]:
         """Lay out one frame: token ids (or FEATURE, NEWLINE), and which of them are ranked."""
 
@@ -205,6 +209,11 @@ class Qwen25VL(Family):
         """See `Family.tower`."""
         return [model.model.visual]
 
+    def projector(self, model: Any) -> torch.nn.Module:
+        """See `Family.projector`."""
+        merger: torch.nn.Module = model.model.visual.merger
+        return merger
+
     def frame_slots(self) -> tuple[list[int], list[bool]]:
         """See `Family.frame_slots`."""
         return [FEATURE] * CELLS, [True] * CELLS
@@ -271,6 +280,11 @@ class InternVL(Family):
         """See `Family.tower`."""
         return [model.model.vision_tower, model.model.multi_modal_projector]
 
+    def projector(self, model: Any) -> torch.nn.Module:
+        """See `Family.projector`."""
+        projector: torch.nn.Module = model.model.multi_modal_projector
+        return projector
+
     def frame_slots(self) -> tuple[list[int], list[bool]]:
         """See `Family.frame_slots`."""
         header = self.ids("Frame1:")
@@ -306,6 +320,11 @@ class LlavaVideo(Family):
     def tower(self, model: Any) -> list[torch.nn.Module]:
         """See `Family.tower`."""
         return [model.model.vision_tower, model.model.multi_modal_projector]
+
+    def projector(self, model: Any) -> torch.nn.Module:
+        """See `Family.projector`."""
+        projector: torch.nn.Module = model.model.multi_modal_projector
+        return projector
 
     def frame_slots(self) -> tuple[list[int], list[bool]]:
         """See `Family.frame_slots`."""

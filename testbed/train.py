@@ -3,6 +3,8 @@
 The run can be stopped at any time: the same command goes on from the last saved step. Weights and
 optimiser wait as safetensors in ``--work``; the finished checkpoint, in bfloat16 with its processor
 and a ``training.json`` that says how it was made and what it scores, goes to ``--out``.
+
+With ``--student`` it trains the small model that a Lite selector starts from.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from transformers import AutoModelForImageTextToText
 
 from ..core.errors import CheckpointError, FlexSelectError
 from .check import Score, check_clips
-from .locate import FAMILIES, FOLDER
+from .locate import FAMILIES, FOLDER, checkpoint_folder
 from .models import Family, family_of
 from .questions import RETRIEVAL
 from .recipe import (
@@ -36,6 +39,7 @@ from .recipe import (
     build_pool,
     default_recipe,
     language_optimizer,
+    student_recipe,
     train_language,
     train_tower,
 )
@@ -53,6 +57,7 @@ def train(
     seed: int = 0,
     compiled: bool = True,
     save_every: int = 100,
+    tower: Any | None = None,
 ) -> tuple[Any, list[dict[str, float | str]]]:
     """Train a model from scratch, or go on with one.
 
@@ -70,6 +75,9 @@ def train(
         Compile the language model; pays after a few hundred steps.
     save_every : int
         Steps between saved states.
+    tower : Any, optional
+        A trained model of the family whose tower is taken over as it is; only the projector
+        learns.
 
     Returns
     -------
@@ -83,7 +91,10 @@ def train(
     """
     torch.manual_seed(seed)
     model = family.build(**recipe.text)
-    state = _State(work / "state.safetensors", f"{family.name} {seed} {recipe}")
+    identity = f"{family.name} {seed} {recipe}"
+    if tower is not None:
+        identity += f" on tower {_take_tower(family, model, tower):08x}"
+    state = _State(work / "state.safetensors", identity)
     phase_done, step_done, log = state.load(model, None)
     if phase_done is None:
         named = train_tower(family, model, recipe, seed, logger.info)
@@ -125,6 +136,21 @@ def train(
                 state.save(model, optimizer, number, done, log)
         state.save(model, None, number + 1, 0, log)
     return model, log
+
+
+def _take_tower(family: Family, model: Any, source: Any) -> int:
+    """Copy the tower without its projector, freeze it, and return a checksum of its weights."""
+    own = {id(p) for p in family.projector(model).parameters()}
+    checksum = 0
+    with torch.no_grad():
+        for mine, theirs in zip(family.tower(model), family.tower(source), strict=True):
+            weights = dict(theirs.named_parameters())
+            for name, value in mine.named_parameters():
+                if id(value) not in own:
+                    value.copy_(weights[name])
+                    value.requires_grad_(False)
+                    checksum = zlib.crc32(value.numpy().tobytes(), checksum)
+    return checksum
 
 
 def save_checkpoint(family: Family, model: Any, out: Path) -> None:
@@ -212,10 +238,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     family = family_of(options.family)
-    recipe = default_recipe(family)
-    work = options.work or Path("outputs") / f"testbed-{family.name}-{options.seed}"
+    recipe = student_recipe(family) if options.student else default_recipe(family)
+    kind = "student" if options.student else "testbed"
+    work = options.work or Path("outputs") / f"{kind}-{family.name}-{options.seed}"
+    tower = None
     try:
-        model, log = train(family, recipe, work=work, seed=options.seed)
+        if options.student:
+            tower = AutoModelForImageTextToText.from_pretrained(
+                checkpoint_folder(family.name), dtype=torch.float32
+            )
+        model, log = train(family, recipe, work=work, seed=options.seed, tower=tower)
     except FlexSelectError as error:
         logger.error("error: %s", error)
         return 2
@@ -229,16 +261,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = {
         "family": family.name,
         "seed": options.seed,
+        "student": options.student,
         "recipe": repr(recipe),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "test_clips_of_16_frames": {name: score.rows() for name, score in scores.items()},
         "log": log,
     }
     (draft / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    if accuracy < options.least:
-        logger.error("error: below --least %.2f; the checkpoint stays in %s", options.least, draft)
+    least = (0.8 if options.student else 0.98) if options.least is None else options.least
+    if accuracy < least:
+        logger.error("error: below --least %.2f; the checkpoint stays in %s", least, draft)
         return 1
-    out = options.out or FOLDER / family.name
+    home = FOLDER.parent / "students" if options.student else FOLDER
+    out = options.out or home / family.name
     shutil.copytree(draft, out, dirs_exist_ok=True)
     logger.info("wrote %s", out)
     return 0
@@ -250,14 +285,21 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a tiny checkpoint of a family from scratch.",
     )
     parser.add_argument("--family", choices=FAMILIES, required=True)
+    parser.add_argument(
+        "--student",
+        action="store_true",
+        help="train the small model that a Lite selector starts from, on the checkpoint's tower",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--work", type=Path, help="folder of the state (default: outputs/testbed-…)"
     )
-    parser.add_argument("--out", type=Path, help="checkpoint (default: testbed/checkpoints/FAMILY)")
+    parser.add_argument("--out", type=Path, help="default: testbed/checkpoints/FAMILY, or students")
     parser.add_argument("--check", type=int, default=100, help="test videos to ask at the end")
     parser.add_argument(
-        "--least", type=float, default=0.98, help="accuracy below which nothing is written"
+        "--least",
+        type=float,
+        help="accuracy below which nothing is written (default: 0.98; of a student 0.80)",
     )
     return parser
 

@@ -272,14 +272,10 @@ def test_a_misused_option_is_named(folder: Path, option: str, value: str) -> Non
     assert option in plain(result.stderr)
 
 
-def test_a_missing_model_or_question_is_named(folder: Path) -> None:
-    for arguments, name in (
-        ([str(VIDEO), QUESTION], "--model"),
-        ([str(VIDEO), "--model", str(folder / "model")], "question"),
-    ):
-        result = CliRunner().invoke(app, ["ask", *arguments])
-        assert result.exit_code == 2
-        assert name in plain(result.stderr).lower()
+def test_a_missing_question_is_named(folder: Path) -> None:
+    result = CliRunner().invoke(app, ["ask", str(VIDEO), "--model", str(folder / "model")])
+    assert result.exit_code == 2
+    assert "question" in plain(result.stderr).lower()
 
 
 @pytest.mark.parametrize("question", ["", "  "])

@@ -122,6 +122,26 @@ def test_drills_name_marks_of_the_clip_without_ambiguity(case):
         assert all(mark == {*names.split(), answer} for mark in fitting)
 
 
+@settings(max_examples=20, deadline=None)
+@given(clips)
+def test_gaps_put_words_of_questions_between_the_names_and_change_nothing_else(case):
+    pool, clip, _, cell_slots, rng = draw(*case)
+    _, _, _, _, again = draw(*case)
+    asked = set(["what", "number", "colour", "shape", "is", "on", "with", "the", "one", "?"])
+    gapped = drill(pool, clip, cell_slots, rng, 1000, gaps=4)
+    assert len(gapped) == len(drill(pool, clip, cell_slots, again, 1000))
+    marks = [
+        {COLOURS[c], SHAPES[s], DIGITS[d]} for c, s, d in visible(pool, clip, cell_slots).values()
+    ]
+    for words, answer in gapped:
+        names = [word for word in words.split() if word not in asked]
+        assert len(names) == 2
+        assert len(words.split()) <= 2 + 3 * 4
+        assert {*names, answer} in marks
+    if len(gapped) > 20:
+        assert any(len(words.split()) > 2 for words, _ in gapped)
+
+
 def test_every_task_is_asked_and_counts_are_not_all_one():
     counts = dict.fromkeys(("1", "2", "3", "4"), 0)
     openings = set()

@@ -11,7 +11,7 @@ from flexselect.testbed.check import check_clips, family_inputs
 from flexselect.testbed.locate import FAMILIES
 from flexselect.testbed.models import family_of
 from flexselect.testbed.questions import compose
-from flexselect.testbed.recipe import Phase, Recipe, Segment, default_recipe
+from flexselect.testbed.recipe import Phase, Recipe, Segment, default_recipe, student_recipe
 from flexselect.testbed.train import save_checkpoint, train
 from flexselect.testbed.videos import draw_plot
 
@@ -125,6 +125,35 @@ def test_a_stopped_run_goes_on_exactly_as_an_uninterrupted_one(name, tmp_path, m
     assert [row["step"] for row in log] == [row["step"] for row in log_of_parts]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_student_keeps_the_tower_of_its_teacher_and_learns_all_else(name, tmp_path):
+    family, recipe = family_of(name), shortened(2, hidden_size=64, num_attention_heads=2)
+    torch.manual_seed(1)
+    teacher = family.build(num_hidden_layers=1)
+    torch.manual_seed(0)
+    start = dict(family.build(**recipe.text).named_parameters())
+    student, _ = train(family, recipe, work=tmp_path, compiled=False, tower=teacher)
+    own = {id(p) for p in family.projector(student).parameters()}
+    theirs = dict(teacher.named_parameters())
+    tower = {id(p) for part in family.tower(student) for p in part.parameters()} - own
+    assert tower
+    for key, value in student.named_parameters():
+        if id(value) in tower:
+            assert torch.equal(value, theirs[key]), key
+        else:
+            assert not torch.equal(value, start[key]), key
+    # Another tower is another run.
+    torch.manual_seed(2)
+    with pytest.raises(CheckpointError, match="another family, seed or recipe"):
+        train(
+            family,
+            recipe,
+            work=tmp_path,
+            compiled=False,
+            tower=family.build(num_hidden_layers=1),
+        )
+
+
 def test_the_state_of_another_run_is_refused(tmp_path):
     family = family_of("internvl")
     train(family, shortened(1), work=tmp_path, compiled=False)
@@ -164,7 +193,7 @@ def test_a_checkpoint_is_an_ordinary_folder(name, tmp_path):
 def test_no_clip_of_the_recipe_is_longer_than_sixteen_pictures(name):
     family = family_of(name)
     slots = len(family.frame_slots()[0])
-    for phase in default_recipe(family).phases:
+    for phase in (*default_recipe(family).phases, *student_recipe(family).phases):
         for segment in phase.segments:
             assert max(segment.pictures) <= 16
             frames = 16 // family.pictures_per_frame
