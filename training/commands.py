@@ -8,10 +8,13 @@ from typing import Annotated
 
 import typer
 
+from .train_command import train_selector
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     app.command(name="rank")(rank_command)
+    app.command(name="train-selector")(train_selector)
 
 
 def rank_command(

@@ -31,7 +31,7 @@ class Recipe:
         selector starts from; None for those of the testbed.
     layer, aggregation, query, frames_per_set : of the teacher; None for what the teacher's preset
         says, which is also what inference uses.
-    frames : pictures of a training video; None with ``videos``, where the files say.
+    frames : pictures of a training video.
     epochs, learning_rate, warmup, weight_decay, betas, clip : of AdamW with a cosine; ``warmup`` is
         a share of the steps.
     samples_per_device, accumulation, devices : their product is the samples of one step.
@@ -46,6 +46,10 @@ class Recipe:
     evaluate_every : steps between evaluations, each with a checkpoint.
     workers : processes a device that decode.
     cache : keep what the tower and the teacher said of a sample in memory, for small data.
+    videos, questions : needle videos that are rendered for training where no data is named, and
+        questions of each.
+    test_videos, test_frames : needle videos that Lite and training-free answer at the end, where
+        the teacher is the testbed's.
     seed : decides the order of the samples, and weights that start at random.
     """
 
@@ -78,6 +82,10 @@ class Recipe:
     evaluate_every: int = 500
     workers: int = 4
     cache: bool = False
+    videos: int | None = None
+    questions: int = 6
+    test_videos: int = 60
+    test_frames: int = 512
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -204,5 +212,9 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "evaluate_every": _COUNT,
     "workers": (_whole(0), "a whole number of at least 0"),
     "cache": _FLAG,
+    "videos": (_or_none(_whole(1)), "a whole number of at least 1"),
+    "questions": _COUNT,
+    "test_videos": _COUNT,
+    "test_frames": _COUNT,
     "seed": (_whole(0), "a whole number of at least 0"),
 }
