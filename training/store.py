@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -276,34 +277,52 @@ def merge(folder: str | Path, order: Sequence[str], shard_samples: int = SHARD_S
     held = lock(folder / ".merge.lock", wait=True)
     assert held is not None
     try:
+        # Listed before they are read: a part that another process adds now stays.
+        parts = sorted(folder.glob("part-*.jsonl"))
         store = ScoreStore(folder)
         wanted = dict.fromkeys(order)
         if not wanted.keys() <= store.entries.keys():
             return False
-        parts = sorted(folder.glob("part-*.jsonl"))
         if parts:
-            store.verify()
-            ids = [*wanted, *sorted(store.entries.keys() - wanted.keys())]
-            entries: list[Entry] = []
-            shards: dict[str, str] = {}
-            for start in range(0, len(ids), shard_samples):
-                name = f"scores-{start // shard_samples:05d}-*"
-                taken = store.take(ids[start : start + shard_samples])
-                named, written = write_shard(folder, name, *taken)
-                entries += named
-                shards |= written
-            write_index(folder / INDEX, shards, entries)
-            # The index that names the new shards is in place: the parts are now only copies. Of a
-            # part the index goes first, for the same reason that it came last.
+            _write_merged(store, [*wanted, *sorted(store.entries.keys() - wanted)], shard_samples)
+            # The parts are now only copies, and what no index names does not exist.
             for path in parts:
                 path.unlink()
-            used = shards.keys()
-            for path in [*folder.glob("part-*.safetensors"), *folder.glob("scores-*.safetensors")]:
-                if path.name not in used:
-                    path.unlink()
+        _sweep(folder)
         return True
     finally:
         os.close(held)
+
+
+def _write_merged(store: ScoreStore, ids: list[str], shard_samples: int) -> None:
+    """Write shards of ``ids`` in that order, and then the index that names them."""
+    store.verify()
+    entries: list[Entry] = []
+    shards: dict[str, str] = {}
+    for start in range(0, len(ids), shard_samples):
+        # Named by what they hold, they replace nothing that an older index names.
+        name = f"scores-{start // shard_samples:05d}-*"
+        taken = store.take(ids[start : start + shard_samples])
+        named, written = write_shard(store.folder, name, *taken)
+        entries += named
+        shards |= written
+    write_index(store.folder / INDEX, shards, entries)
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what no index names, unless the process that writes it may be alive."""
+    named = ScoreStore(folder).checksums.keys()
+    left_over = [p for p in folder.glob("*.safetensors") if p.name not in named]
+    for path in [*left_over, *folder.glob(".*.partial")]:
+        part = re.match(r"\.?(part-\d+-of-\d+)-", path.name)
+        held = lock(folder / f".{part[1]}.lock") if part else None
+        if part is not None and held is None:
+            continue
+        try:
+            path.unlink(missing_ok=True)
+        finally:
+            if held is not None:
+                os.close(held)
 
 
 def prompt_digest(prompt: Prompt) -> str:
