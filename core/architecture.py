@@ -194,12 +194,19 @@ class Architecture(ABC):
         cells = torch.arange(clip.rows * clip.columns)
         return Grid(clip.rows, clip.columns, cells)
 
-    def reading(self) -> AbstractContextManager[None]:
-        """Let the model read embeddings made of `embed` and `encode` while this is open.
+    def reading(self, inputs: Mapping[str, Tensor]) -> AbstractContextManager[dict[str, Tensor]]:
+        """Let the model read what `embed` and `encode` made, while this is open.
 
-        Only a family whose rows are wider than its text model's states has anything to do.
+        Parameters
+        ----------
+        inputs : inputs of one call of the model, ``inputs_embeds`` among them.
+
+        Returns
+        -------
+        A context that gives the inputs to call the model with: the same, but for a family whose
+        rows are wider than its text model's states.
         """
-        return nullcontext()
+        return nullcontext(dict(inputs))
 
     def effective_budget(self, budget: int, prompt: Prompt) -> int:
         """Return the budget the family's reference would use for ``prompt``."""

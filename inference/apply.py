@@ -154,7 +154,8 @@ class Applied:
         options = count_new_tokens(options, default, ids.shape[1])
         # With ids beside the embeddings, stock generation reads the embeddings once and goes on
         # from the ids: they lead the output, reach the streamer and the logits processors.
-        return self.stock_generate(input_ids=ids, **prefill, **options)
+        with self.architecture.reading(prefill) as inputs:
+            return self.stock_generate(input_ids=ids, **inputs, **options)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on the selected tokens; logits are those of the shorter prompt."""
@@ -169,7 +170,8 @@ class Applied:
         mask = kwargs.get("attention_mask")
         left = mask is None or bool(mask[:, -1].all())
         prefill, options, positions = self._prepare(kwargs, left)
-        out = self.stock_forward(**prefill, **options)
+        with self.architecture.reading(prefill) as inputs:
+            out = self.stock_forward(**inputs, **options)
         values = out if isinstance(out, tuple) else out.values()
         for cache in (value for value in values if isinstance(value, Cache)):
             following = torch.stack([part.amax(-1) + 1 for part in positions], -1)

@@ -26,6 +26,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "InternVLForConditionalGeneration": ("internvl", "InternVL"),
     "LlavaVideoForConditionalGeneration": ("llava_video", "LlavaVideo"),
     "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "Qwen2_5_VL"),
+    "Qwen3VLForConditionalGeneration": ("qwen3_vl", "Qwen3VL"),
 }
 
 #: ``model_type`` of a checkpoint's config.json: class of FAMILIES it is loaded as.
@@ -35,10 +36,11 @@ CHECKPOINTS: dict[str, str] = {
     "llava_qwen": "LlavaVideoForConditionalGeneration",
     "llava_video": "LlavaVideoForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
 
 #: Shorter names that commands also take for a family.
-ALIASES: dict[str, str] = {"llava": "llava_video", "qwen": "qwen2_5_vl"}
+ALIASES: dict[str, str] = {"llava": "llava_video", "qwen": "qwen2_5_vl", "qwen3": "qwen3_vl"}
 
 #: Ways of spreading a model that accelerate knows by name.
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")

@@ -217,8 +217,9 @@ class Chat:
             options["streamer"] = Tee(clock, progress, options.get("streamer"))
         clock.start("prefill" if streamed else "answer")
         # With embeddings given, generate selects nothing, whether a method is applied or not.
-        with self.video.engine.architecture.reading():
-            out = model.generate(input_ids=prompt_ids[None].to(model.device), **prefill, **options)
+        ids = prompt_ids[None].to(model.device)
+        with self.video.engine.architecture.reading(prefill) as inputs:
+            out = model.generate(input_ids=ids, **inputs, **options)
         clock.stop()
         sequences = out if isinstance(out, Tensor) else out.sequences
         ids = sequences[0, len(prompt_ids) :].cpu()

@@ -20,7 +20,7 @@ import flexselect
 from flexselect.inference.apply import Applied
 from flexselect.inference.features import Encoded
 
-from .tiny import internvl, llava_video, qwen2_5_vl
+from .tiny import internvl, llava_video, qwen2_5_vl, qwen3_vl
 
 #: Side-effect free knobs that make every video of the suite take several sets and lose tokens.
 LAYER, FRAMES_PER_SET = 2, 3
@@ -148,6 +148,7 @@ class Image:
 #: Every family under contract. The tests of this folder run for each.
 FAMILIES = [
     Family("qwen2_5_vl", qwen2_5_vl, pictures=2, timed=True),
+    Family("qwen3_vl", qwen3_vl, pictures=2, timed=False),
     Family("llava_video", llava_video, pictures=1, timed=False),
     Family("internvl", internvl, pictures=1, timed=False),
 ]

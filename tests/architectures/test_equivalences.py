@@ -148,8 +148,9 @@ def test_scores_are_the_stock_models_attention(family: Family, model: Any) -> No
     positions = architecture.positions(clip)[..., None, :]
     with torch.no_grad():
         out = model(**inputs, position_ids=positions, output_attentions=True)
-    weights = out.attentions[LAYER][0][:, layout.query][:, :, layout.visual]
-    assert layout.query.sum() > len(SHORT[0])
+    query = clip.layout.query
+    weights = out.attentions[LAYER][0][:, query][:, :, layout.visual]
+    assert query.sum() > len(SHORT[0])
     for aggregation, expected in [("max", weights.amax((0, 1))), ("mean", weights.mean((0, 1)))]:
         with FlexSelect(**knobs(24, frames_per_set=4, aggregation=aggregation))(model):
             logits(model, inputs)
@@ -186,12 +187,12 @@ def test_forward_is_the_stock_decoder_on_the_kept_rows(
     rows = kept_rows(request.prompt, model.flexselect.selections[0].kept)
     assert got.shape[1] == len(rows) < len(request.prompt.layout)
     where = positions_of(architecture, request.prompt, rows, positions)
-    expected = decoder_logits(model, architecture.decoder, stock[:, rows], where)
+    expected = decoder_logits(model, architecture, stock[:, rows], where)
     torch.testing.assert_close(got, expected, **CLOSE)
     # Generation: the same tokens as a loop that keeps no cache, positions counting on.
     embeds, answer = stock[:, rows], []
     for _ in range(5):
-        answer.append(decoder_logits(model, architecture.decoder, embeds, where)[:, -1].argmax(-1))
+        answer.append(decoder_logits(model, architecture, embeds, where)[:, -1].argmax(-1))
         with torch.no_grad():
             embeds = torch.cat((embeds, architecture.embed(answer[-1])[None]), 1)
         where = torch.cat(
@@ -206,22 +207,28 @@ def positions_of(architecture: Any, prompt: Prompt, rows: Tensor, positions: str
     return architecture.compact_positions(prompt, rows)
 
 
-def decoder_logits(model: Any, decoder: Any, embeds: Tensor, positions: Tensor) -> Tensor:
-    mask = torch.ones(embeds.shape[:2], dtype=torch.long)
-    with torch.no_grad():
-        out = decoder(
-            inputs_embeds=embeds, position_ids=positions[..., None, :], attention_mask=mask
-        )
+def decoder_logits(model: Any, architecture: Any, embeds: Tensor, positions: Tensor) -> Tensor:
+    prompt = {
+        "inputs_embeds": embeds,
+        "position_ids": positions[..., None, :],
+        "attention_mask": torch.ones(embeds.shape[:2], dtype=torch.long),
+    }
+    with torch.no_grad(), architecture.reading(prompt) as inputs:
+        out = architecture.decoder(**inputs)
         return model.get_output_embeddings()(out.last_hidden_state)
 
 
 def stock_embeds(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """What the unpatched model hands its decoder."""
+    """What the unpatched model hands its decoder: embeddings, and what is added after layers."""
     seen = []
     decoder = flexselect.architecture_of(model).decoder
 
     def keep(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        seen.append(kwargs["inputs_embeds"])
+        rows = [kwargs["inputs_embeds"]]
+        for level in kwargs.get("deepstack_visual_embeds") or ():
+            rows.append(torch.zeros_like(rows[0]))
+            rows[-1][kwargs["visual_pos_masks"]] = level
+        seen.append(torch.cat(rows, -1))
 
     handle = decoder.register_forward_pre_hook(keep, with_kwargs=True)
     logits(model, inputs)

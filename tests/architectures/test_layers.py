@@ -98,7 +98,9 @@ def test_the_states_of_tokens_are_what_the_layer_reads(
     chosen = pictures[1::3]
     found = embed_layers(prompt, sets, features, scorer, layers=(0, 1), members=chosen)
     wanted = (prompt.layout.feature.cumsum(0) - 1)[rows[chosen]]
-    torch.testing.assert_close(found[0], features[wanted].float(), rtol=0, atol=0)
+    # What a family adds to later layers lies behind them in the same rows.
+    own = features[wanted, : found[0].shape[-1]].float()
+    torch.testing.assert_close(found[0], own, rtol=0, atol=0)
     assert found[1].shape == found[0].shape
     assert not torch.equal(found[1], found[0])
 

@@ -15,6 +15,7 @@ FLOORS = {
     "internvl": 1,
     "llava_video": 1,
     "qwen2_5_vl": 1,
+    "qwen3_vl": 1,
     "inference": 2,
     "testbed": 3,
     "evaluation": 4,

@@ -18,6 +18,8 @@ from transformers import (
     Qwen2_5_VLTextModel,
     Qwen2Config,
     Qwen2Model,
+    Qwen3VLTextConfig,
+    Qwen3VLTextModel,
 )
 
 from flexselect.core.errors import OptionError
@@ -123,6 +125,10 @@ def test_no_preset_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         ("qwen2_5_vl-7b", 3584, 28, 20),
         ("qwen2_5_vl", 5120, 64, 46),
         ("qwen2_5_vl-72b", 8192, 80, 60),
+        ("qwen3_vl", 2048, 28, 18),
+        ("qwen3_vl", 2560, 36, 24),
+        ("qwen3_vl-8b", 4096, 36, 24),
+        ("qwen3_vl", 5120, 64, 42),
         ("llava_video-7b", 3584, 28, 19),
         ("llava_video", 8192, 80, 55),
         ("internvl", 2048, 24, 11),
@@ -154,6 +160,7 @@ def empty(family: str, hidden: int, layers: int) -> Any:
     with init_empty_weights():
         decoder = {
             "qwen2_5_vl": lambda: Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**sizes)),
+            "qwen3_vl": lambda: Qwen3VLTextModel(Qwen3VLTextConfig(**sizes)),
             "llava_video": lambda: Qwen2Model(Qwen2Config(**sizes)),
             "internvl": lambda: LlamaModel(LlamaConfig(**sizes)),
         }[family]()

@@ -220,7 +220,12 @@ def test_a_family_is_imported_only_when_its_model_comes() -> None:
 
 @pytest.mark.parametrize(
     ("name", "family"),
-    [("qwen", "qwen2_5_vl"), ("llava", "llava_video"), ("internvl", "internvl")],
+    [
+        ("qwen", "qwen2_5_vl"),
+        ("qwen3", "qwen3_vl"),
+        ("llava", "llava_video"),
+        ("internvl", "internvl"),
+    ],
 )
 def test_families_have_short_names(name: str, family: str) -> None:
     assert family_named(name) == family_named(family) == family
