@@ -70,7 +70,11 @@ def gather_rows(folder: Path, plan: Plan) -> list[Row]:
     absent = [method for method, rows in by_method.items() if rows is None]
     if absent:
         raise FlexSelectError(f"{folder}: {', '.join(absent)} left no figures; see the logs there.")
-    tasks = list(dict.fromkeys(row["task"] for rows in by_method.values() for row in rows))
+    named = list(plan.tasks)
+    # The members of a group that was named come after the tasks that were.
+    members = {row["task"]: None for rows in by_method.values() for row in rows}
+    tasks = [task for task in named if task in members]
+    tasks += [task for task in members if task not in named]
     found = []
     for task in tasks:
         for method in (*plan.methods, *plan.missing):

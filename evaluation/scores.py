@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 #: Stages up to the first token, in order; the first two are shared by the questions of a video.
@@ -119,23 +119,30 @@ def missing_row(method: str, task: str, reason: str) -> Row:
 
 
 def half_width(row: Row) -> float | None:
-    """Half the 95 % interval of a row's accuracy.
+    """How far the 95 % interval of a row's accuracy reaches, to its farther end.
 
-    Of a share it is Wilson's, which is not zero where all answers are right; a larger error that
-    the harness gives, as by clusters, is taken instead.
+    Of a share it is Wilson's, which has a width even where all answers are right; a larger error
+    that the harness gives, as by clusters, is taken instead.
     """
     count, share = row["samples"], row["accuracy"]
     if not count or share is None:
         return None
     z = 1.96
-    wilson = z / (1 + z * z / count)
-    wilson *= math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(wilson, z * (row["stderr"] or 0.0))
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    spread = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    spread *= z / (1 + z * z / count)
+    return max(abs(middle - share) + spread, z * (row["stderr"] or 0.0))
 
 
 def _figure(results: Mapping[str, Any], metric: str) -> float | None:
-    value = results.get(f"{metric},none")
-    return float(value) if isinstance(value, bool | int | float) else None
+    return next(
+        (
+            float(value)
+            for name, value in results.items()
+            if name.split(",")[0] == metric and isinstance(value, bool | int | float)
+        ),
+        None,
+    )
 
 
 def _share(figure: float | None, scores: Sequence[float]) -> float | None:
@@ -148,13 +155,10 @@ def _share(figure: float | None, scores: Sequence[float]) -> float | None:
 
 def _error(results: Mapping[str, Any], metric: str, scores: Sequence[float]) -> float | None:
     for kind in ("stderr_clustered", "stderr_clt"):
-        value = results.get(f"{metric}_{kind},none")
-        if isinstance(value, int | float) and not math.isnan(value):
-            return float(value)
-    if len(scores) < 2:
-        return None
-    mean = fmean(scores)
-    return math.sqrt(sum((s - mean) ** 2 for s in scores) / (len(scores) - 1) / len(scores))
+        value = _figure(results, f"{metric}_{kind}")
+        if value is not None and not math.isnan(value):
+            return value
+    return stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
 
 
 def _mean(values: Sequence[float]) -> float | None:

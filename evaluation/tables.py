@@ -20,8 +20,8 @@ _COLUMNS = (
 )
 
 EXPLANATION = (
-    "Accuracy with half its 95 % interval. Time to first token as if every question were the first "
-    "about its video: decode + encode + rank + gather + prefill."
+    "Accuracy ± how far its 95 % interval reaches. Time to first token as if every question were "
+    "the first about its video: decode + encode + rank + gather + prefill."
 )
 
 Row = dict[str, Any]

@@ -13,9 +13,11 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from lmms_eval.evaluator import simple_evaluate
@@ -24,7 +26,7 @@ from lmms_eval.tasks import TaskManager
 from loguru import logger as harness_log
 
 from ..core.errors import FlexSelectError, OptionError
-from ..inference.terminal import progress_bars, user_errors
+from ..inference.terminal import err, progress_bars, user_errors
 from .arguments import parse_arguments
 from .model import CLASSES, FlexSelectModel, Loaded
 from .needle import TASKS, prepare
@@ -88,7 +90,9 @@ def evaluate_run(folder: Path) -> None:
     plan = load_plan(folder)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     patience = InitProcessGroupKwargs(timeout=_PATIENCE)
-    accelerator = Accelerator(kwargs_handlers=[patience]) if several else None
+    # Without a GPU accelerate sees other processes only when told to use the CPU.
+    on_cpu = not torch.cuda.is_available()
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patience]) if several else None
     rank = int(os.environ.get("RANK", "0"))
     harness_log.remove()
     harness_log.add(folder / f"lmms_eval-{rank}.log", level="INFO")
@@ -105,17 +109,18 @@ def evaluate_run(folder: Path) -> None:
         if accelerator is not None:
             lm.accelerator = accelerator
         tracker = EvaluationTracker(output_path=str(folder / method / HARNESS))
-        results = simple_evaluate(
-            model=lm,
-            model_args=f"pretrained={plan.checkpoint},method={method}",
-            tasks=list(plan.tasks),
-            task_manager=tasks,
-            limit=plan.limit,
-            batch_size=lm.batch_size,
-            evaluation_tracker=tracker,
-            log_samples=True,
-            datetime_str=folder.name,
-        )
+        with _harness_bars_to(folder / f"lmms_eval-{rank}.log"):
+            results = simple_evaluate(
+                model=lm,
+                model_args=f"pretrained={plan.checkpoint},method={method}",
+                tasks=list(plan.tasks),
+                task_manager=tasks,
+                limit=plan.limit,
+                batch_size=lm.batch_size,
+                evaluation_tracker=tracker,
+                log_samples=True,
+                datetime_str=folder.name,
+            )
         # The tracker copies whatever it holds, and must not copy a model.
         tracker.general_config_tracker.model_source = f"flexselect_{plan.family}"
         if rank == 0:
@@ -130,6 +135,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (folder,) = sys.argv[1:] if arguments is None else arguments
     with user_errors():
         evaluate_run(Path(folder))
+
+
+@contextmanager
+def _harness_bars_to(log: Path) -> Iterator[None]:
+    """Keep the harness's many progress bars off the terminal, where ours is."""
+    err.file = sys.stderr
+    try:
+        with log.open("a") as file, redirect_stderr(file):
+            yield
+    finally:
+        err.file = None  # type: ignore[assignment] # as rich leaves it: whatever stderr is
 
 
 def _keep(
