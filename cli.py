@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,6 +157,10 @@ def ask(
         Path | None,
         typer.Option(help="Also save the selection here, as .safetensors and .json."),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page here that shows what the answer was read from."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress display.")] = False,
 ) -> None:
@@ -184,7 +189,7 @@ def ask(
                 "max_pixels": max_pixels,
             }
         )
-        _check_before_loading(video, question, budget, save)
+        _check_before_loading(video, question, budget, {"--save": save, "--report": report})
         note = None
         if model is None:
             model, note = _tiny_model(family or family_named("qwen"))
@@ -208,15 +213,19 @@ def ask(
                 **sampling,
             )
             answer = opened.ask(question, progress, max_new_tokens=max_new_tokens)
-        report = _report(opened, question, answer, moments)
+        said = _report(opened, question, answer, moments)
         if note is not None:
-            report["note"] = note
+            said["note"] = note
         if as_json:
-            typer.echo(json.dumps(report, indent=1))
+            typer.echo(json.dumps(said, indent=1))
         else:
-            _show(report)
+            _show(said)
         if save is not None:
             _save(answer.selection, save)
+        if report is not None:
+            _write_report(report, opened, question, answer, moments, note)
+            if not as_json:
+                out.print(f"\nreport: {report}", markup=False, highlight=False)
 
 
 @app.command()
@@ -289,14 +298,15 @@ def main() -> None:
 
 
 def _check_before_loading(
-    video: Path, question: str, budget: int | None, save: Path | None
+    video: Path, question: str, budget: int | None, written: Mapping[str, Path | None]
 ) -> None:
     """Refuse what is wrong whatever the model: it should not cost the time to load one."""
     if budget is not None:
         check_budget(budget)
     check_question(question)
-    if save is not None:
-        _check_writable(save)
+    for option, path in written.items():
+        if path is not None:
+            _check_writable(option, path)
     probe(video)
 
 
@@ -352,16 +362,27 @@ def _show(report: dict[str, Any]) -> None:
     out.print(table)
 
 
-def _check_writable(path: Path) -> None:
-    """Raise `OptionError` where nothing can be saved to ``path``."""
+def _check_writable(option: str, path: Path) -> None:
+    """Raise `OptionError` where nothing can be saved to the ``path`` of an option."""
     folder = path.absolute().parent
     while not folder.exists():
         folder = folder.parent
     if not path.name or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise OptionError(
-            f"--save {path}: cannot write to {folder}. Name a file in a folder that can be "
-            "written to, such as out/selection."
+            f"{option} {path}: cannot write to {folder}. Name a file in a folder that can be "
+            "written to, such as out/talk."
         )
+
+
+def _write_report(
+    path: Path, video: Video, question: str, answer: Answer, moments: int, note: str | None
+) -> None:
+    from .visualization.report import write_report
+
+    try:
+        write_report(path, video, question, answer, moments=moments, note=note)
+    except OSError as error:
+        raise FlexSelectError(f"--report {path}: the report was not written ({error}).") from error
 
 
 def _save(selection: Selection, path: Path) -> None:

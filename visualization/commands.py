@@ -59,7 +59,7 @@ def recall(
         typer.Option(help="V-NIAH: folder of needle pictures with their dataset.json."),
     ] = None,
     count: Annotated[
-        int | None, typer.Option(help="Videos; default: 48, or all of a folder of needle videos.")
+        int | None, typer.Option(help="Videos; default: 24, or all of a folder of needle videos.")
     ] = None,
     frames: Annotated[
         int | None,
@@ -124,7 +124,7 @@ def recall(
             sampling: dict[str, Any] = {"frames": length}
             making: dict[str, Any] = {
                 "frames": length,
-                "count": 48 if count is None else count,
+                "count": 24 if count is None else count,
                 "seed": seed,
                 "progress": progress,
             }

@@ -14,8 +14,8 @@ from .extras import new_figure, save_figure
 from .recall import AGGREGATIONS, Curves
 
 #: Colour of each aggregation: told apart also by people who see no red or green, and in print by
-#: marker.
-_STYLES = {"max": ("#1f5fbf", "o"), "mean": ("#d9730d", "s")}
+#: marker, and stands a little aside so that no interval hides another.
+_STYLES = {"max": ("#1f5fbf", "o", -0.06), "mean": ("#d9730d", "s", 0.06)}
 _GREY = "#6b7280"
 
 
@@ -40,6 +40,7 @@ def write_curves(
         },
         "k": curves.ks,
         "chance": curves.chance,
+        "most_precise": curves.most_precise,
         "videos": curves.videos,
         "questions": curves.questions,
         "left_out": curves.left_out,
@@ -60,31 +61,30 @@ def draw_curves(curves: Curves, *, title: str = "", preset_layer: int | None = N
     Returns a matplotlib figure.
     """
     layers = [point.layer for point in curves.of("max", "budget")]
-    figure = new_figure(9.6, 4.1)
+    figure = new_figure(9.6, 4.3)
     left, right = figure.subplots(1, 2, sharex=True)
     for axes, k, field in ((left, "budget", "recall"), (right, "frame", "precision")):
         for aggregation in AGGREGATIONS:
             curve = [getattr(point, field) for point in curves.of(aggregation, k)]
-            colour, marker = _STYLES[aggregation]
-            axes.fill_between(
-                layers,
-                [value.low for value in curve],
-                [value.high for value in curve],
-                color=colour,
-                alpha=0.13,
-                linewidth=0,
-            )
-            axes.plot(
-                layers,
+            colour, marker, aside = _STYLES[aggregation]
+            axes.errorbar(
+                [layer + aside for layer in layers],
                 [value.mean for value in curve],
+                yerr=[
+                    [value.mean - value.low for value in curve],
+                    [value.high - value.mean for value in curve],
+                ],
                 color=colour,
                 marker=marker,
-                markersize=4.5,
+                markersize=5,
                 linewidth=1.8,
+                elinewidth=1,
+                capsize=2,
                 label=f"{aggregation} over heads and text",
+                zorder=3,
             )
-        axes.set_ylim(-0.02, 1.02)
-        axes.set_xlim(-0.4, max(layers) + 0.4)
+        axes.set_ylim(-0.03, 1.05)
+        axes.set_xlim(-0.5, max(layers) + 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("reference layer")
         axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
@@ -93,25 +93,19 @@ def draw_curves(curves: Curves, *, title: str = "", preset_layer: int | None = N
             axes.spines[side].set_visible(False)
         if preset_layer is not None:
             axes.axvline(preset_layer, color=_GREY, linewidth=1, linestyle=(0, (1, 2)), zorder=0)
-    left.axhline(curves.chance["budget"], color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
-    left.annotate(
-        "by chance",
-        (max(layers), curves.chance["budget"]),
-        xytext=(0, 3),
-        textcoords="offset points",
-        ha="right",
-        color=_GREY,
-        fontsize=8,
-    )
+    _level(left, curves.chance["budget"], "by chance")
+    _level(right, curves.most_precise, "the most possible")
     best = curves.best.recall
+    colour, marker, aside = _STYLES[curves.aggregation]
     left.plot(
-        [curves.layer],
+        [curves.layer + aside],
         [best.mean],
         marker="o",
-        markersize=13,
+        markersize=14,
         markerfacecolor="none",
-        markeredgecolor=_STYLES[curves.aggregation][0],
+        markeredgecolor=colour,
         markeredgewidth=1.6,
+        clip_on=False,
     )
     left.set_title(
         f"Recall@{curves.ks['budget']:,}: share of the needle's tokens\n"
@@ -125,18 +119,31 @@ def draw_curves(curves: Curves, *, title: str = "", preset_layer: int | None = N
         fontsize=10,
         loc="left",
     )
-    left.legend(frameon=False, fontsize=8.5, loc="best")
+    lines, labels = left.get_legend_handles_labels()
+    figure.legend(lines, labels, loc="upper right", ncols=2, frameon=False, fontsize=9)
     dotted = "" if preset_layer is None else f"; dotted: the preset's layer {preset_layer}"
-    figure.suptitle(
-        f"{title}\n" if title else "", fontsize=11, fontweight="bold", x=0.01, ha="left"
-    )
+    figure.suptitle(title or " ", fontsize=11, fontweight="bold", x=0.01, ha="left")
     figure.supxlabel(
-        f"{curves.questions} questions, {curves.videos} videos; bands: 95% intervals; "
+        f"{curves.questions} questions on {curves.videos} videos; bars: 95% intervals; "
         f"ring: recommended{dotted}",
         fontsize=8.5,
         color=_GREY,
     )
     return figure
+
+
+def _level(axes: Any, height: float, label: str) -> None:
+    """Draw a dashed line across, labelled at its left end."""
+    axes.axhline(height, color=_GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.annotate(
+        label,
+        (0.01, height),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        color=_GREY,
+        fontsize=8,
+    )
 
 
 def _title(settings: dict[str, Any]) -> str:

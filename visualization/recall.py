@@ -70,6 +70,8 @@ class Curves:
     points : every layer, aggregation and K.
     ks : "budget" and "frame" (the visual tokens of one frame) to their value of K.
     chance : "budget" and "frame" to the recall that a random ranking expects.
+    most_precise : highest precision there can be with K the tokens of a frame: a needle may have
+        fewer tokens.
     videos, questions : how many there were.
     left_out : identifiers of questions that measure nothing, with the reason.
     layer, aggregation : the recommendation: highest recall at the budget; of equals, the lowest
@@ -80,6 +82,7 @@ class Curves:
     points: tuple[Point, ...]
     ks: dict[str, int]
     chance: dict[str, float]
+    most_precise: float
     videos: int
     questions: int
     left_out: dict[str, str]
@@ -193,13 +196,15 @@ def summarise(rows: Sequence[dict[str, Any]]) -> Curves:
     def values(name: str, aggregation: str, k: str, layer: int) -> list[float]:
         return _by_video(used, [row[name][aggregation][k][layer] for row in used])
 
+    ceilings = {k: [_ceiling(row, k) for row in used] for k in used[0]["ks"]}
+
     points = tuple(
         Point(
             layer,
             aggregation,
             k,
             estimate(values("recall", aggregation, k, layer)),
-            estimate(values("precision", aggregation, k, layer)),
+            estimate(values("precision", aggregation, k, layer), max(ceilings[k])),
         )
         for aggregation in AGGREGATIONS
         for k in used[0]["ks"]
@@ -220,6 +225,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> Curves:
         chance={
             k: sum(row["ks"][k] / row["visual"] for row in used) / len(used) for k in used[0]["ks"]
         },
+        most_precise=sum(ceilings["frame"]) / len(used),
         videos=len({row["video"] for row in used}),
         questions=len(used),
         left_out=left_out,
@@ -229,17 +235,19 @@ def summarise(rows: Sequence[dict[str, Any]]) -> Curves:
     )
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean of shares in [0, 1] with a 95% Wilson interval.
+def estimate(values: Sequence[float], most: float = 1.0) -> Estimate:
+    """Mean of values in [0, ``most``] with a 95% Wilson interval.
 
     The interval is that of a yes-or-no share, the widest that such values can need, so it is never
-    too narrow, stays within [0, 1], and has a width even where all values are alike.
+    too narrow, stays within the range, and has a width even where all values are alike.
     """
     n, mean = len(values), sum(values) / len(values)
+    share = min(1.0, mean / most)
     spread = 1 + _Z**2 / n
-    middle = (mean + _Z**2 / (2 * n)) / spread
-    half = _Z / spread * math.sqrt(mean * (1 - mean) / n + _Z**2 / (4 * n**2))
-    return Estimate(mean, min(mean, max(0.0, middle - half)), max(mean, min(1.0, middle + half)))
+    middle = (share + _Z**2 / (2 * n)) / spread
+    half = _Z / spread * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    low, high = max(0.0, middle - half) * most, min(1.0, middle + half) * most
+    return Estimate(mean, min(mean, low), max(mean, high))
 
 
 class Rows:
@@ -295,6 +303,11 @@ def _by_video(rows: Sequence[dict[str, Any]], values: Sequence[float]) -> list[f
     for row, value in zip(rows, values, strict=True):
         by_video.setdefault(row["video"], []).append(value)
     return [sum(own) / len(own) for own in by_video.values()]
+
+
+def _ceiling(row: dict[str, Any], k: str) -> float:
+    """Return the highest precision that a needle of this many tokens allows."""
+    return min(row["needle"], row["ks"][k]) / min(row["ks"][k], row["visual"])
 
 
 def _is_below(first: Sequence[float], second: Sequence[float]) -> bool:

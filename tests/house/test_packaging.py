@@ -130,7 +130,12 @@ def test_everything_imported_is_a_declared_dependency() -> None:
         )
         for line in lines
     }
-    distributions = {"PIL": "pillow", "yaml": "pyyaml", "lmms_eval": "lmms-eval"}
+    distributions = {
+        "PIL": "pillow",
+        "yaml": "pyyaml",
+        "lmms_eval": "lmms-eval",
+        "sklearn": "scikit-learn",
+    }
     undeclared = {
         module: files
         for module, files in third_party_imports().items()
