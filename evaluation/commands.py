@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from ..core.errors import OptionError
 from ..inference.terminal import err, out, user_errors
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     app.command(name="eval")(evaluate)
+    app.command(name="compare")(compare_runs)
 
 
 def evaluate(
@@ -109,3 +111,35 @@ def evaluate(
         out.print(terminal(rows, f"{plan.family}, {plan.checkpoint}"))
         out.print(EXPLANATION, style="dim", markup=False)
         out.print(f"{folder / TABLE}", markup=False, highlight=False)
+
+
+def compare_runs(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of runs, such as results/eval/qwen2_5_vl/latest."),
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(help="Method that the others are compared with; default: the first."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--out", help="Also write the page to this file.")
+    ] = None,
+) -> None:
+    """Put runs side by side, with paired significance, as Markdown.
+
+    Settings besides the methods' own that differ between the runs are named first.
+    """
+    with user_errors():
+        from .compare import compare, markdown
+
+        page = markdown(compare(runs, against))
+        if output is not None:
+            try:
+                output.write_text(page, encoding="utf-8")
+            except OSError as error:
+                raise OptionError(
+                    f"--out {output} cannot be written ({error.strerror}). Name a file in a "
+                    "folder that can be written to."
+                ) from error
+    out.print(page, markup=False, highlight=False)
