@@ -30,6 +30,8 @@ from ..inference.scoring import FrameSet, split_prompt
 
 #: Text in which tokenizers of different vocabularies are unlikely to agree.
 _PROBE = "What number is on the red star? 视频 12345 <|im_start|>user\n"
+#: Files of which a tokenizer's folder has one.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",
@@ -120,6 +122,8 @@ def differs(folder: Path, teacher: Path) -> bool:
 
     A folder without a tokenizer is taken to share the other's.
     """
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        return False
     try:
         ours = AutoTokenizer.from_pretrained(folder)
         theirs = AutoTokenizer.from_pretrained(local_folder(teacher))
