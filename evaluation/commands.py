@@ -116,7 +116,9 @@ def evaluate(
 def compare_runs(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Folders of runs, such as results/eval/qwen2_5_vl/latest."),
+        typer.Argument(
+            metavar="RUN...", help="Folders of runs, such as results/eval/qwen2_5_vl/latest."
+        ),
     ],
     against: Annotated[
         str | None,
