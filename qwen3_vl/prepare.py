@@ -71,7 +71,7 @@ def picture_size(
         The pictures are too long and narrow.
     """
     least = max(LEAST_PIXELS, (limits.get("min_pixels") or 0) * pictures)
-    most = max(MOST_PIXELS, least)
+    most = max(MOST_PIXELS, int(least * 1.05))
     limit = limits.get("max_pixels")
     if limit:
         area = factor * factor
