@@ -151,13 +151,14 @@ def answer(
     clock.start("prefill")
     # With ids beside the embeddings, whatever looks at the prompt (a penalty on repetition) sees
     # what it would see of the whole one.
-    out = model.generate(
-        input_ids=ids.to(model.device),
-        **engine.prefill(parts),
-        **options,
-        pad_token_id=padding,
-        stopping_criteria=StoppingCriteriaList([_FirstToken(clock)]),
-    )
+    with engine.architecture.reading(engine.prefill(parts)) as prefill:
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            **prefill,
+            **options,
+            pad_token_id=padding,
+            stopping_criteria=StoppingCriteriaList([_FirstToken(clock)]),
+        )
     clock.stop()
     ends = torch.tensor(config.eos_token_id if config.eos_token_id is not None else []).flatten()
     replies = []
