@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..core.architecture import Architecture
-from ..core.decoder import check_layer
-from ..core.errors import CheckpointError, OptionError
+from ..core.errors import CheckpointError
 from ..core.relevance import Aggregation, check_aggregation
+from ..inference.methods import FlexSelect
 from ..inference.presets import preset_of
 from ..inference.scoring import score, split_prompt
 from .samples import Sample
@@ -75,16 +75,19 @@ class OnlineTeacher:
         frames_per_set: int | None = None,
         sampling: Mapping[str, Any] | None = None,
     ) -> None:
-        preset = preset_of(architecture).method
+        knobs = FlexSelect(
+            layer=layer,
+            aggregation=aggregation,
+            query=query,  # type: ignore[arg-type]  # resolve checks it
+            frames_per_set=frames_per_set,
+        ).resolve(architecture, preset_of(architecture).method)
+        assert knobs.layer is not None
+        assert knobs.frames_per_set is not None
         self.architecture = architecture
-        self.layer = check_layer(
-            preset["layer"] if layer is None else layer, architecture.num_layers
-        )
-        self.aggregation = check_aggregation(aggregation or preset["aggregation"])
-        self.query = query or preset["query"]
-        if self.query not in ("all", "last"):
-            raise OptionError(f"query must be one of ['all', 'last'], got {self.query!r}.")
-        self.frames_per_set: int = frames_per_set or preset["frames_per_set"]
+        self.layer: int = knobs.layer
+        self.aggregation: Aggregation = check_aggregation(str(knobs.aggregation))
+        self.query: str = str(knobs.query)
+        self.frames_per_set: int = knobs.frames_per_set
         self.sampling = dict(sampling or {})
 
     @property
