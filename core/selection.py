@@ -56,14 +56,22 @@ def select_from_sets(scores: Tensor, members: Sequence[Tensor], quotas: Sequence
     -------
     int64 ``(sum(quotas),)``, positions in ``scores``, ascending.
     """
-    kept = [
-        rows[top_tokens(scores[rows], quota)]
-        for rows, quota in zip(members, quotas, strict=True)
-        if quota
-    ]
-    if not kept:
+    pairs = [(rows, quota) for rows, quota in zip(members, quotas, strict=True) if quota]
+    if not pairs:
         return torch.empty(0, dtype=torch.long, device=scores.device)
-    return torch.cat(kept).sort().values
+    best = [top_tokens(scores[rows], quota) for rows, quota in pairs]
+    return map_back(best, [rows for rows, _ in pairs])
+
+
+def map_back(best: Sequence[Tensor], members: Sequence[Tensor]) -> Tensor:
+    """Return places in the whole of tokens chosen set by set: int64, ascending.
+
+    Parameters
+    ----------
+    best : for each set, int64 ``(chosen,)``, which of its tokens.
+    members : for each set, int64 ``(tokens of the set,)``, their places in the whole.
+    """
+    return torch.cat([rows[chosen] for rows, chosen in zip(members, best, strict=True)]).sort()[0]
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def encode(
                     stop - start,
                     frames_per_chunk,
                 )
-                _release_cache()
+                release_cache()
                 continue
             done += stop - start
             start = stop
@@ -118,7 +118,11 @@ def encode(
 
 
 def assemble(
-    layout: Layout, rows: Tensor, features: Tensor, embed: Callable[[Tensor], Tensor]
+    layout: Layout,
+    rows: Tensor,
+    features: Tensor,
+    embed: Callable[[Tensor], Tensor],
+    place: Tensor | None = None,
 ) -> Tensor:
     """Embed the tokens ``rows``: text by ``embed``, feature tokens from ``features``.
 
@@ -128,6 +132,8 @@ def assemble(
     rows : int64 ``(n,)``, ascending token indices.
     features : host ``(feature tokens, hidden)``; only the rows needed go to the device.
     embed : text ids ``(n,)`` to ``(n, hidden)``.
+    place : int64 ``(tokens,)``, the row of ``features`` that each feature token has; found from
+        ``layout`` unless given, which saves time when one layout is assembled in many parts.
 
     Returns
     -------
@@ -138,7 +144,9 @@ def assemble(
         return embed(layout.ids[rows])
     # Placeholder ids are never embedded; some families' lie outside the table.
     embeds = embed(layout.ids[rows].masked_fill(here, 0))
-    wanted = (layout.feature.cumsum(0) - 1)[rows[here]]
+    if place is None:
+        place = layout.feature.cumsum(0) - 1
+    wanted = place[rows[here]]
     seen = features.index_select(0, wanted.to(features.device)).to(embeds.device, embeds.dtype)
     return embeds.index_copy(0, here.nonzero()[:, 0].to(embeds.device), seen)
 
@@ -154,6 +162,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return whole
 
 
-def _release_cache() -> None:
+def release_cache() -> None:
+    """Give memory that torch keeps for later back to the device."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import logging
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..core.architecture import Scorer
-from ..core.layout import Prompt
+from ..core.errors import FlexSelectError
+from ..core.layout import NONE, Prompt
 from ..core.relevance import Aggregation, relevance
 from ..core.sets import frame_sets
-from .features import Progress, assemble
+from .features import Progress, assemble, release_cache
 
-#: Tokens scored in one pass when sets are batched. Short sets alone leave a device idle.
-TOKENS_PER_BATCH = 16_384
+logger = logging.getLogger(__name__)
+
+#: Tokens scored in one pass when sets are batched. Short sets alone leave a device idle; on a CPU
+#: more than its cache holds only costs time and memory (docs/performance.md).
+TOKENS_PER_BATCH = {"cpu": 1_024, "other": 16_384}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +54,8 @@ def split_prompt(
     rank = prompt.layout.visual.cumsum(0) - 1
     sets = []
     for video, clip in enumerate(prompt.videos):
-        for frames in frame_sets(clip.frames, frames_per_set):
-            rows = prompt.rows_of_frames(video, frames)
+        parts = frame_sets(clip.frames, frames_per_set)
+        for frames, rows in zip(parts, rows_of_sets(prompt, video, parts), strict=True):
             alone = prompt.as_clip(video, frames, rows)
             columns = alone.layout.visual.nonzero()[:, 0]
             asking = alone.layout.query.nonzero()[:, 0]
@@ -66,6 +71,28 @@ def split_prompt(
                 )
             )
     return sets
+
+
+def rows_of_sets(prompt: Prompt, video: int, sets: Sequence[Tensor]) -> list[Tensor]:
+    """Return `Prompt.rows_of_frames` of every one of ``sets``, looking at the prompt once.
+
+    Parameters
+    ----------
+    sets : int64 ``(frames,)`` each, of the same video; no frame in two of them.
+    """
+    layout = prompt.layout
+    own = layout.video == video
+    in_frame = own & (layout.frame != NONE)
+    shared = (((layout.video == NONE) | own) & ~in_frame).nonzero()[:, 0]
+    set_of = torch.full((prompt.videos[video].frames,), len(sets))
+    for number, frames in enumerate(sets):
+        set_of[frames] = number
+    rows = in_frame.nonzero()[:, 0]
+    number = set_of[layout.frame[rows]]
+    # Sorted stably, the tokens of a set lie side by side and keep their order.
+    sizes = torch.bincount(number, minlength=len(sets) + 1).tolist()
+    parts = rows[number.argsort(stable=True)].split(sizes)
+    return [torch.cat((shared, part)).sort().values for part in parts[: len(sets)]]
 
 
 @torch.no_grad()
@@ -93,23 +120,31 @@ def score(
     scorer : the model, or a Lite selector.
     layer : reference layer, 0-based.
     aggregation : over heads and asking tokens.
-    sets_per_batch : sets a pass; default: as many as hold `TOKENS_PER_BATCH` tokens.
+    sets_per_batch : most sets a pass; default: as many as hold `TOKENS_PER_BATCH` tokens. Halved
+        where the device's memory does not allow it.
     progress : called with ("rank", sets done, sets).
 
     Returns
     -------
     float32 ``(visual,)`` on the scorer's device.
+
+    Raises
+    ------
+    FlexSelectError
+        The device has too little memory for a single set.
     """
     scores: Tensor | None = None
-    for batch, embeds, positions in _passes(
-        prompt, sets, features, scorer, sets_per_batch, progress
-    ):
+
+    def rank(batch: list[FrameSet], embeds: Tensor, positions: Tensor) -> None:
+        nonlocal scores
         first = batch[0]
         query, key = scorer.states(embeds, positions, layer, first.query_rows)
         values = relevance(query, key, first.query_rows, first.columns, aggregation=aggregation)
         if scores is None:
             scores = torch.zeros(prompt.num_visual, device=values.device)
         _put(scores, batch, values)
+
+    _pass_by_pass(rank, prompt, sets, features, scorer, sets_per_batch, progress)
     return torch.zeros(0) if scores is None else scores
 
 
@@ -138,14 +173,15 @@ def score_layers(
         for layer in sorted(layers)
         for aggregation in aggregations
     }
-    for batch, embeds, positions in _passes(
-        prompt, sets, features, scorer, sets_per_batch, progress
-    ):
+
+    def rank(batch: list[FrameSet], embeds: Tensor, positions: Tensor) -> None:
         rows, columns = batch[0].query_rows, batch[0].columns
         for states in scorer.layer_states(embeds, positions, layers, rows):
             for aggregation in aggregations:
                 values = relevance(states.query, states.key, rows, columns, aggregation=aggregation)
                 _put(scores[states.layer, aggregation], batch, values)
+
+    _pass_by_pass(rank, prompt, sets, features, scorer, sets_per_batch, progress)
     return scores
 
 
@@ -171,9 +207,8 @@ def embed_layers(
     layer to float32 ``(n, hidden)`` on the host.
     """
     found: dict[int, Tensor] = {}
-    for batch, embeds, positions in _passes(
-        prompt, sets, features, scorer, sets_per_batch, progress
-    ):
+
+    def take(batch: list[FrameSet], embeds: Tensor, positions: Tensor) -> None:
         columns = batch[0].columns
         for states in scorer.layer_states(embeds, positions, layers, batch[0].query_rows):
             hidden = states.hidden
@@ -183,24 +218,60 @@ def embed_layers(
                 rows = columns[wanted].to(own.device)
                 places = torch.searchsorted(members.contiguous(), part.members[wanted])
                 whole[places] = own[rows].float().cpu()
+
+    _pass_by_pass(take, prompt, sets, features, scorer, sets_per_batch, progress)
     return found
 
 
-def _passes(
+def _pass_by_pass(
+    work: Callable[[list[FrameSet], Tensor, Tensor], None],
     prompt: Prompt,
     sets: list[FrameSet],
     features: Tensor,
     scorer: Scorer,
     sets_per_batch: int | None,
     progress: Progress | None,
-) -> Iterator[tuple[list[FrameSet], Tensor, Tensor]]:
-    """Yield sets that share a pass with their embeddings and positions, and report progress."""
+) -> None:
+    """Do ``work`` on sets that share a pass, their embeddings and positions, until all are done.
+
+    Where a pass does not fit the device, ``work`` is done again on half of its sets.
+    """
+    place = prompt.layout.feature.cumsum(0) - 1
     done = 0
-    for batch in _batches(sets, sets_per_batch):
-        embeds = torch.stack(
-            [assemble(prompt.layout, part.rows, features, scorer.embed) for part in batch]
-        )
-        yield batch, embeds, torch.stack([part.positions for part in batch], -2).to(embeds.device)
+    while done < len(sets):
+        batch: list[FrameSet] = []
+        try:
+            embed = scorer.embed
+            embeds = [assemble(prompt.layout, sets[done].rows, features, embed, place)]
+            kind = "cpu" if embeds[0].device.type == "cpu" else "other"
+            batch = _batch(sets, done, sets_per_batch, TOKENS_PER_BATCH[kind])
+            for part in batch[1:]:
+                embeds.append(assemble(prompt.layout, part.rows, features, embed, place))
+            positions = torch.stack([part.positions for part in batch], -2).to(embeds[0].device)
+            # Not held twice while the layers run.
+            stacked, embeds = torch.stack(embeds), []
+            work(batch, stacked, positions)
+        except torch.OutOfMemoryError as error:
+            if len(batch) < 2:
+                raise FlexSelectError(
+                    "The device has too little free memory to score one set of "
+                    f"{len(sets[done].rows)} tokens. Lower frames_per_set, load the model in "
+                    "bfloat16, or free the device."
+                ) from error
+            failed = True
+        else:
+            failed = False
+        if failed:
+            # Only out here has the traceback let go of the pass's activations.
+            stacked = torch.empty(0)
+            sets_per_batch = len(batch) // 2
+            logger.warning(
+                "Out of device memory while scoring %d sets at a time; going on with %d.",
+                len(batch),
+                sets_per_batch,
+            )
+            release_cache()
+            continue
         done += len(batch)
         if progress is not None:
             progress("rank", done, len(sets))
@@ -212,17 +283,18 @@ def _put(scores: Tensor, batch: list[FrameSet], values: Tensor) -> None:
     scores[members.to(scores.device)] = values.to(scores.device)
 
 
-def _batches(sets: list[FrameSet], sets_per_batch: int | None) -> Iterator[list[FrameSet]]:
-    """Group neighbouring sets whose tokens line up; no padding, so no attention mask is needed."""
-    batch: list[FrameSet] = []
-    for part in sets:
-        limit = sets_per_batch or max(1, TOKENS_PER_BATCH // len(part.rows))
-        if batch and (len(batch) >= limit or not _same_shape(batch[0], part)):
-            yield batch
-            batch = []
+def _batch(
+    sets: list[FrameSet], start: int, sets_per_batch: int | None, tokens: int
+) -> list[FrameSet]:
+    """Take neighbouring sets whose tokens line up; no padding, so no attention mask is needed."""
+    first = sets[start]
+    limit = sets_per_batch or max(1, tokens // len(first.rows))
+    batch = [first]
+    for part in sets[start + 1 : start + limit]:
+        if not _same_shape(first, part):
+            break
         batch.append(part)
-    if batch:
-        yield batch
+    return batch
 
 
 def _same_shape(first: FrameSet, second: FrameSet) -> bool:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from flexselect.core.errors import FlexSelectError
 from flexselect.core.layout import Prompt
+from flexselect.core.sets import frame_sets
 from flexselect.inference import scoring
-from flexselect.inference.scoring import score, split_prompt
+from flexselect.inference.scoring import rows_of_sets, score, split_prompt
 from flexselect.tests.core.handmade import make, text_of
 
 
@@ -114,12 +116,67 @@ def test_sets_of_one_shape_share_a_pass() -> None:
 
 
 def test_a_pass_holds_a_bounded_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", 24)
+    monkeypatch.setitem(scoring.TOKENS_PER_BATCH, "cpu", 24)
     _, scorer = run(1)
     assert scorer.passes == [(2, 12), (1, 12), (2, 11)]
-    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", 1)
+    monkeypatch.setitem(scoring.TOKENS_PER_BATCH, "cpu", 1)
     _, scorer = run(1)
     assert scorer.passes == [(1, 12)] * 3 + [(1, 11)] * 2
+
+
+@pytest.mark.parametrize("frames_per_set", [1, 2, 3])
+def test_all_sets_at_once_have_the_rows_of_each(frames_per_set: int) -> None:
+    prompt = make()
+    for video, clip in enumerate(prompt.videos):
+        sets = frame_sets(clip.frames, frames_per_set)
+        for frames, rows in zip(sets, rows_of_sets(prompt, video, sets), strict=True):
+            assert torch.equal(rows, prompt.rows_of_frames(video, frames))
+        # Frames in none of the sets are left out.
+        rows = rows_of_sets(prompt, video, sets[:1])[0]
+        assert torch.equal(rows, prompt.rows_of_frames(video, sets[0]))
+
+
+class Small(Scorer):
+    """Has memory for ``fits`` sets."""
+
+    def __init__(self, fits: int) -> None:
+        super().__init__()
+        self.fits = fits
+
+    def states(self, embeds: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        states = super().states(embeds, *arguments)
+        if len(embeds) > self.fits:
+            raise torch.OutOfMemoryError
+        return states
+
+
+def test_a_pass_that_does_not_fit_is_halved(caplog: pytest.LogCaptureFixture) -> None:
+    expected, _ = run(1)
+    prompt, scorer = make(), Small(fits=1)
+    sets = split_prompt(prompt, scorer, 1)
+    calls: list[Any] = []
+    with caplog.at_level("WARNING"):
+        found = score(
+            prompt,
+            sets,
+            FEATURES,
+            scorer,
+            layer=1,
+            aggregation="max",
+            progress=lambda *call: calls.append(call),
+        )
+    torch.testing.assert_close(found, expected)
+    assert [count for count, _ in scorer.passes] == [3, 1, 1, 1, 1, 1]
+    assert calls == [("rank", done, 5) for done in (1, 2, 3, 4, 5)]
+    assert "3 sets at a time; going on with 1" in caplog.messages[0]
+
+
+def test_one_set_that_does_not_fit() -> None:
+    prompt, scorer = make(), Small(fits=0)
+    sets = split_prompt(prompt, scorer, 1)
+    with pytest.raises(FlexSelectError, match=r"one set of 12 tokens.*frames_per_set") as error:
+        score(prompt, sets, FEATURES, scorer, layer=1, aggregation="max")
+    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
 
 
 def test_progress_counts_sets() -> None:
