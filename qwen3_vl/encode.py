@@ -103,16 +103,19 @@ def encode_pixels(model: Any, pixels: Pixels, selector: Any | None) -> tuple[Ten
 
     The model's features are wide rows, see `deepstack`.
     """
+    features, states = look(model, pixels)
+    return features, None if selector is None else selector.project(states)
+
+
+def look(model: Any, pixels: Pixels) -> tuple[Tensor, Tensor]:
+    """Run the tower: wide rows for the model, and the last states ``(patches, tower hidden)``."""
     tower = model.model.visual
     size = tower.spatial_merge_size
     clip = pixels.clip
     grid = torch.tensor([[clip.frames, clip.rows * size, clip.columns * size]])
     values = pixels.values.to(device_of(tower), tower.dtype)
     seen = tower(values, grid_thw=grid.to(values.device))
-    features = torch.cat((seen.pooler_output, *seen.deepstack_features), -1)
-    if selector is None:
-        return features, None
-    return features, selector.project(seen.last_hidden_state)
+    return torch.cat((seen.pooler_output, *seen.deepstack_features), -1), seen.last_hidden_state
 
 
 def _is_feature(ids: Tensor, config: Any) -> Tensor:
