@@ -13,8 +13,24 @@ from typing import Any
 from lmms_eval.tasks import TaskManager
 
 from flexselect.evaluation.prompts import give_prompt
+from flexselect.evaluation.scores import sample_score
 
 FAMILIES = ("internvl", "llava_video", "qwen2_5_vl")
+
+
+def right_letter(doc: dict[str, Any]) -> str:
+    """Return the letter that answers a row, in whichever way the benchmark says it."""
+    if "correct_choice" in doc:
+        return "ABCDE"[doc["correct_choice"]]
+    if doc["answer"] in doc.get("candidates", ()):
+        return "ABCDE"[doc["candidates"].index(doc["answer"])]
+    return "ABCDE"[int(doc["answer"])] if doc["answer"].isdigit() else doc["answer"]
+
+
+def scored(task: Any, doc: dict[str, Any], answer: str) -> float | None:
+    """Return our score of an answer, from what the task's scoring gives."""
+    metric = task.config.metric_list[0]["metric"]
+    return sample_score(task.process_results(doc, [answer])[metric])
 
 
 def main() -> None:
@@ -27,6 +43,11 @@ def main() -> None:
         found[name] = {
             "default": [task.doc_to_text(doc) for doc in docs],
             "videos": [task.doc_to_visual(doc) for doc in docs],
+            "scores": [
+                [scored(task, doc, letter) for letter in (right, "ABCDE"[right == "A"])]
+                for doc in docs
+                for right in [right_letter(doc)]
+            ],
             "prompts": {},
         }
         for family in FAMILIES:

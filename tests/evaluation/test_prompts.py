@@ -68,6 +68,13 @@ def test_lmms_eval_opens_the_videos_that_were_prepared(
         assert path.startswith(asked["root"])
 
 
+@pytest.mark.parametrize("benchmark", TASKS)
+def test_a_right_letter_scores_one_and_a_wrong_one_nothing(
+    benchmark: str, asked: dict[str, Any]
+) -> None:
+    assert asked[f"{TASKS[benchmark]}_local"]["scores"] == [[1, 0]] * len(rows_of(benchmark))
+
+
 def test_only_where_the_reference_departs_does_the_prompt_differ_from_lmms_evals(
     asked: dict[str, Any],
 ) -> None:
