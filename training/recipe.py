@@ -50,6 +50,7 @@ class Recipe:
         questions of each.
     test_videos, test_frames : needle videos that Lite and training-free answer at the end, where
         the teacher is the testbed's.
+    samples : of the data that the reference trained on, for a dry run without data.
     seed : decides the order of the samples, and weights that start at random.
     """
 
@@ -86,6 +87,7 @@ class Recipe:
     questions: int = 6
     test_videos: int = 60
     test_frames: int = 512
+    samples: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -216,5 +218,6 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "questions": _COUNT,
     "test_videos": _COUNT,
     "test_frames": _COUNT,
+    "samples": (_or_none(_whole(1)), "a whole number of at least 1"),
     "seed": (_whole(0), "a whole number of at least 0"),
 }

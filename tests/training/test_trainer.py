@@ -1,0 +1,249 @@
+"""Training: what may not change its result does not, and what is killed goes on as if it had not.
+
+The testbed's tiny Qwen2.5-VL teaches its student on a few rendered clips; every comparison is of
+the weights and of the whole log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import flexselect
+from flexselect.core.errors import CheckpointError
+from flexselect.testbed.locate import checkpoint_folder
+from flexselect.training.accuracy import needle_videos
+from flexselect.training.examples import read_examples
+from flexselect.training.rank import rank
+from flexselect.training.recipe import Recipe, read_recipe
+from flexselect.training.run import Trained, train
+from flexselect.training.trainer import checkpoints, quality_of
+
+FAMILY = "qwen2_5_vl"
+SETTINGS = {
+    "family": FAMILY,
+    "source": "this test",
+    "frames": 16,
+    "frames_per_set": 4,
+    "epochs": 2,
+    "learning_rate": 1e-3,
+    "samples_per_device": 2,
+    "devices": 1,
+    "bf16": False,
+    "checkpointing": False,
+    "hold_out": 3,
+    "evaluate_every": 3,
+    "workers": 0,
+    "temperature": 0.01,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four clips of 16 pictures with three questions each: 9 samples to train on."""
+    folder = tmp_path_factory.mktemp("clips")
+    needle_videos(folder, split="train", frames=16, count=4, questions=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS))
+    return path
+
+
+def _train(recipe_file: Path, data: Path, out: Path, **changes: Any) -> Trained:
+    options = {name: changes.pop(name) for name in ("scores", "limit") if name in changes}
+    limit = options.pop("limit", None)
+    recipe: Recipe = read_recipe(recipe_file, **changes)
+    examples = read_examples(data, limit=limit)
+    return train(recipe, examples, out, device="cpu", dtype="float32", **options)
+
+
+@pytest.fixture(scope="module")
+def plain(recipe_file: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without anything special: 9 steps of 2 samples."""
+    out = tmp_path_factory.mktemp("plain")
+    assert _train(recipe_file, data, out).steps == 9
+    return out
+
+
+def _log(out: Path) -> list[dict[str, float]]:
+    """Every row of the log of a run, without what depends on the clock."""
+    _, last = checkpoints(out / "checkpoints")[-1]
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    timed = ("runtime", "per_second", "epoch")
+    return [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in history]
+
+
+def _weights(out: Path) -> dict[str, torch.Tensor]:
+    _, last = checkpoints(out / "checkpoints")[-1]
+    return load_file(last / "model.safetensors")
+
+
+def _same_run(one: Path, other: Path, tolerance: float) -> None:
+    first, second = _log(one), _log(other)
+    assert [row["step"] for row in first] == [row["step"] for row in second]
+    for mine, theirs in zip(first, second, strict=True):
+        assert mine == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+    weights = _weights(other)
+    for name, value in _weights(one).items():
+        torch.testing.assert_close(value, weights[name], rtol=tolerance, atol=tolerance)
+
+
+def _command(recipe_file: Path, data: Path, out: Path, *launcher: str) -> list[str]:
+    return [
+        sys.executable,
+        *launcher,
+        str(Path(sys.executable).with_name("flexselect")),
+        *f"train-selector {FAMILY} --data {data} --recipe {recipe_file} --out {out}".split(),
+        *["--device", "cpu", "--dtype", "float32", "--report-to", "none", "--quiet"],
+    ]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def test_training_teaches(plain):
+    start, end = [row for row in _log(plain) if "eval_loss" in row][0::2][:2]
+    assert end["eval_loss"] < start["eval_loss"]
+    losses = [row["loss"] for row in _log(plain) if "loss" in row]
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_accumulated_batches_equal_one_larger_batch(plain, recipe_file, data, tmp_path):
+    _train(recipe_file, data, tmp_path, samples_per_device=1, accumulation=2)
+    # Two halves are summed in another order than their whole.
+    _same_run(plain, tmp_path, 2e-4)
+
+
+def test_checkpointing_changes_nothing(plain, recipe_file, data, tmp_path):
+    _train(recipe_file, data, tmp_path, checkpointing=True)
+    _same_run(plain, tmp_path, 1e-6)
+
+
+def test_remembered_lessons_change_nothing_but_the_order(plain, recipe_file, data, tmp_path):
+    from flexselect.training import run
+
+    drawn = run.order
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "order", lambda samples, recipe: drawn(samples, _uncached(recipe)))
+        _train(recipe_file, data, tmp_path, cache=True)
+    _same_run(plain, tmp_path, 1e-6)
+
+
+def _uncached(recipe: Recipe) -> Recipe:
+    from dataclasses import replace
+
+    return replace(recipe, cache=False)
+
+
+def test_stored_scores_teach_as_the_teacher_itself(plain, recipe_file, data, tmp_path):
+    folder = checkpoint_folder(FAMILY)
+    rank(
+        flexselect.load_model(folder, dtype="float32", device="cpu"),
+        flexselect.load_processor(folder),
+        read_examples(data),
+        tmp_path / "scores",
+        sampling={"frames": 16},
+        frames_per_set=4,
+    )
+    _train(recipe_file, data, tmp_path / "out", scores=tmp_path / "scores")
+    _same_run(plain, tmp_path / "out", 1e-6)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(plain, recipe_file, data, tmp_path):
+    process = subprocess.Popen(
+        _command(recipe_file, data, tmp_path), env=_environment(), stderr=subprocess.DEVNULL
+    )
+    first = tmp_path / "checkpoints" / "checkpoint-3"
+    while not first.exists():
+        assert process.poll() is None, "ended before its first checkpoint"
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "model.safetensors").exists()
+    # What a kill in the middle of a checkpoint leaves behind.
+    (tmp_path / "checkpoints" / ".partial" / "checkpoint-6").mkdir(parents=True, exist_ok=True)
+    done = [step for step, _ in checkpoints(tmp_path / "checkpoints")]
+    trained = _train(recipe_file, data, tmp_path)
+    assert done
+    assert done[-1] < 9
+    assert trained.steps == 9
+    _same_run(plain, tmp_path, 1e-6)
+
+
+def test_two_processes_equal_one(plain, recipe_file, data, tmp_path):
+    halves = tmp_path / "recipe.yaml"
+    halves.write_text(yaml.safe_dump({**SETTINGS, "samples_per_device": 1, "devices": 2}))
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0")
+    subprocess.run(
+        _command(halves, data, tmp_path / "out", *launcher),
+        env=_environment(),
+        check=True,
+        stderr=subprocess.PIPE,
+    )
+    _same_run(plain, tmp_path / "out", 2e-4)
+
+
+def test_a_finished_run_is_not_trained_again_and_another_one_is_refused(
+    recipe_file, data, tmp_path
+):
+    first = _train(recipe_file, data, tmp_path, epochs=1.0)
+    stamp = (checkpoints(tmp_path / "checkpoints")[-1][1] / "model.safetensors").stat().st_mtime_ns
+    second = _train(recipe_file, data, tmp_path, epochs=1.0)
+    assert second.metrics == first.metrics
+    again = (checkpoints(tmp_path / "checkpoints")[-1][1] / "model.safetensors").stat().st_mtime_ns
+    assert again == stamp
+    with pytest.raises(CheckpointError, match="learning_rate"):
+        _train(recipe_file, data, tmp_path, epochs=1.0, learning_rate=2e-3)
+
+
+def test_the_best_selector_is_kept_and_serves_its_model(plain):
+    log = [row for row in _log(plain) if "eval_recall_at_k" in row]
+    best = max(log, key=lambda row: row["eval_recall_at_k"])
+    kept = dict(checkpoints(plain / "checkpoints"))
+    assert set(kept) == {int(best["step"]), 9}
+    model = flexselect.load_model(checkpoint_folder(FAMILY), dtype="float32", device="cpu")
+    selector = flexselect.load_selector(plain, model)
+    stored = load_file(kept[int(best["step"])] / "model.safetensors")
+    for name, value in selector.state_dict().items():
+        assert torch.equal(value, stored[name].bfloat16().float()), name
+    assert selector.config.teacher_layer == 2
+
+
+def test_a_damaged_video_is_left_out_and_named(recipe_file, data, tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for file in data.iterdir():
+        os.symlink(file, folder / file.name)
+    rotten = sorted(folder.glob("*.mp4"))[1]
+    rotten.unlink()
+    rotten.write_bytes(b"no video at all")
+    trained = _train(recipe_file, folder, tmp_path / "out", epochs=1.0)
+    assert trained.steps == 4
+    assert any(rotten.name in reason for reason in trained.damaged)
+
+
+def test_quality_tells_the_top_from_the_bulk():
+    target = torch.linspace(0, 1, 32)[None]
+    [perfect] = quality_of(target * 2 - 5, target, 1 / 8)
+    assert (perfect.spearman, perfect.recall_at_k, perfect.top_1_recall) == (1, 1, 1)
+    swapped = target.clone()
+    swapped[0, -1] = -1
+    [off] = quality_of(swapped, target, 1 / 8)
+    assert off.recall_at_k == 3 / 4
+    assert off.top_1_recall == 0
+    assert 0.8 < off.spearman < 1
