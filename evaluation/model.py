@@ -355,9 +355,15 @@ class Qwen2_5_VLModel(FlexSelectModel):
     family = "qwen2_5_vl"
 
 
+class Qwen3VLModel(FlexSelectModel):
+    """``--model flexselect_qwen3_vl``."""
+
+    family = "qwen3_vl"
+
+
 #: Class of each family.
 CLASSES: dict[str, type[FlexSelectModel]] = {
-    each.family: each for each in (InternVLModel, LlavaVideoModel, Qwen2_5_VLModel)
+    each.family: each for each in (InternVLModel, LlavaVideoModel, Qwen2_5_VLModel, Qwen3VLModel)
 }
 
 

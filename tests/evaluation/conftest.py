@@ -36,7 +36,8 @@ def videos(cache: Path) -> list[Path]:
 def tiny(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """Model and processor of each family that has a tiny checkpoint."""
     folder = checkpoint_folder(request.param)
-    return flexselect.load_model(folder, device="cpu"), flexselect.load_processor(folder)
+    model = flexselect.load_model(folder, dtype="float32", device="cpu")
+    return model, flexselect.load_processor(folder)
 
 
 @pytest.fixture

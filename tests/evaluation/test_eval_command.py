@@ -1,0 +1,81 @@
+"""``flexselect eval``: its errors are sentences, its exit code honest, its outcome a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flexselect.cli import app
+from flexselect.evaluation import run
+from flexselect.tests.paths import ROOT
+
+runner = CliRunner()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["gpt"], "gpt"),
+        (["qwen", "--methods", "best"], "best"),
+        (["qwen", "--budget", "0"], "budget"),
+        (["qwen", "--frames", "8", "--fps", "2"], "fps"),
+        (["qwen", "--ckpt", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["qwen", "--ckpt", "/nowhere", "--methods", "flexselect-lite"], "selector"),
+    ],
+)
+def test_wrong_options_cost_nothing_and_are_named(tmp_path: Path, arguments, named):
+    result = runner.invoke(app, ["eval", *arguments, "--out", str(tmp_path / "runs")])
+    assert result.exit_code == 1
+    assert named in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_a_failed_run_is_a_failed_command_and_goes_on_later(tmp_path: Path, monkeypatch):
+    def fails(folder, plan):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(run, "perform", fails)
+    command = ["eval", "qwen", "--methods", "full", "--out", str(tmp_path)]
+    assert runner.invoke(app, command).exit_code != 0
+    again = runner.invoke(app, command)
+    assert "Continuing" in again.stderr
+    assert "--fresh" in again.stderr
+    assert len(list(tmp_path.rglob("run.json"))) == 1
+
+
+def test_make_eval_passes_on_what_is_given():
+    command = ["make", "-n", "eval", "MODEL=internvl", "CKPT=a b/c", "TASKS=x,y", "GPUS=8"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    (words,) = re.findall(r"flexselect eval .*", " ".join(done.stdout.replace("\\\n", "").split()))
+    assert words == "flexselect eval internvl --ckpt 'a b/c' --tasks 'x,y' --gpus '8'"
+
+
+def test_the_table_is_printed_and_kept(tmp_path: Path, cache: Path, own_accelerate):
+    command = ["eval", "internvl", "--tasks", "needle_16_validation", "--methods", "full,uniform"]
+    result = runner.invoke(
+        app,
+        [*command, "--limit", "3", "--budget", "12", "--batch-size", "2", "--out", str(tmp_path)],
+        env={"COLUMNS": "200"},
+    )
+    assert result.exit_code == 0, result.output
+    folder = (tmp_path / "internvl" / "latest").resolve()
+    rows = json.loads((folder / "summary.json").read_text())
+    assert [(row["method"], row["samples"], row["kept_tokens"]) for row in rows] == [
+        ("full", 3, 96),
+        ("uniform", 3, 12),
+    ]
+    table = (folder / "table.md").read_text()
+    for row in ("| full | needle_16_validation | 16 | 96 → 96 |", "| 96 → 12 |"):
+        assert row in table
+    assert "96 → 12" in result.stdout
+    assert "Run " in result.stderr

@@ -1,0 +1,62 @@
+"""lmms-eval finds the plug-in, and the plug-in is what it says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from lmms_eval.models import get_model, get_model_manifest
+
+from flexselect.core.errors import OptionError, UnsupportedModelError
+from flexselect.evaluation.model import CLASSES
+from flexselect.evaluation.plugin import MODELS
+from flexselect.inference.registry import FAMILIES
+from flexselect.testbed.locate import checkpoint_folder
+
+TINY = str(checkpoint_folder("qwen2_5_vl"))
+
+
+@pytest.mark.parametrize("family", sorted(CLASSES))
+def test_every_family_is_found_by_the_harness(family):
+    found = get_model(f"flexselect_{family}")
+    assert found is CLASSES[family]
+    assert found.family == family
+    assert not found.is_simple
+
+
+def test_short_names_are_taken():
+    assert get_model_manifest("flexselect_qwen").model_id == "flexselect_qwen2_5_vl"
+    assert get_model("flexselect_llava") is CLASSES["llava_video"]
+
+
+def test_no_family_is_forgotten():
+    assert {family for family, _ in FAMILIES.values()} <= set(CLASSES)
+    assert {each.__name__ for each in CLASSES.values()} == set(MODELS.values())
+
+
+def test_the_entry_point_loads_no_model_code():
+    code = (
+        "import sys; from flexselect.evaluation import plugin; plugin.manifests()\n"
+        "heavy = ('flexselect.evaluation.model', 'lmms_eval.api.model', 'datasets')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_model_of_another_family_is_refused():
+    with pytest.raises(UnsupportedModelError, match="flexselect_qwen2_5_vl"):
+        CLASSES["internvl"](pretrained=TINY, batch_size="1", device="cpu")
+
+
+def test_the_harness_says_what_is_wrong_and_the_rest_is_refused():
+    make = CLASSES["qwen2_5_vl"].create_from_arg_string
+    with pytest.raises(OptionError, match="tkn_buget"):
+        make(f"pretrained={TINY},tkn_buget=3", {"batch_size": "1", "device": "cpu"})
+    model = make(f"pretrained={TINY},budget=8", {"batch_size": "2", "device": "cpu"})
+    assert (model.batch_size, model.settings["budget"], model.settings["layer"]) == (2, 8, 2)
+    with pytest.raises(OptionError, match="loglikelihood"):
+        model.loglikelihood([])
+    with pytest.raises(OptionError, match="rounds"):
+        model.generate_until_multi_round([])
