@@ -6,21 +6,23 @@ prompt is chosen here, deliberately, and written into the run record.
 
 What is known. The reference's evaluation tree (github.com/yunzhuzhang0918/flexselect, ``eval/``) is
 a fork of lmms-eval in which the families run under the ids ``llava_vid``, ``qwen2_5_vl`` and
-``internvl2``, and its task files say:
+``internvl2``. Its scripts and task files, in the version with all four benchmarks and the published
+frames and budgets (commit a1d1f5a), say:
 
 - VideoMME: lmms-eval's text. ``llava_vid`` has its own ending, the other two have the default.
 - MLVU: one text for every model, with a line before the question and the first half of the answer
-  after it (its ``mlvu_new/utils.py``; an older ``mlvu/utils.py`` ends otherwise, and does not hold
-  the functions that its ``mlvu_dev.yaml`` names).
-- LongVideoBench, frames of the video: lmms-eval's text, the same for every model.
+  after it.
+- LongVideoBench: lmms-eval's text, the same for every model; but InternVL runs a task of its own
+  with subtitles before the question (`subtitles_of`), as its authors do.
 - LVBench: an instruction before the question, VideoMME's endings after it, and the options' letters
-  without parentheses. Settings cannot say the last, so `adapt_text` does.
+  without parentheses.
+
+What settings cannot say, `adapt_text` does.
 
 What is inferred or not known.
 
-- For InternVL the reference's README names ``longvideobench_val_i``, which puts subtitles into the
-  prompt, while its model code in video mode takes one visual only. Whether the published figure
-  (60.1, Lite 61.2) has subtitles in it cannot be told from either; here it has none.
+- Of MLVU two versions of the text are stored. The one here is of the file that holds the functions
+  which the task file of that commit names; the other asks for the letter "without parentheses".
 - The reference published nothing for EgoSchema and MVBench: lmms-eval's own prompt is kept.
 - It lets a model say one token on VideoMME, LongVideoBench and LVBench (Qwen2.5-VL everywhere);
   lmms-eval's limits of 16 and 32 are kept. An answer that starts with its letter counts the same.
@@ -28,9 +30,11 @@ What is inferred or not known.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..inference.registry import family_named
+from .subtitles import subtitles_of
 
 #: Tasks whose prompt is chosen here; a name that starts with ``mvbench_`` is one of MVBench's.
 TASKS = (
@@ -90,12 +94,28 @@ def prompt_settings(family: str, task: str) -> dict[str, Any]:
     return {}
 
 
-def adapt_text(task: str, text: str) -> str:
-    """Return the prompt with what settings cannot say: LVBench's letters lose their parentheses."""
-    if task.removesuffix(LOCAL) != "lvbench":
-        return text
-    for letter in "ABCD":
-        text = text.replace(f"({letter})", letter)
+def adapt_text(family: str, task: str, text: str, doc: Mapping[str, Any]) -> str:
+    """Return the prompt with what settings cannot say.
+
+    LVBench's letters lose their parentheses, and InternVL sees the subtitles of LongVideoBench.
+
+    Parameters
+    ----------
+    family, task : as in `prompt_settings`.
+    text : what the task makes of the row with these settings.
+    doc : the row.
+
+    Raises
+    ------
+    DataError
+        Subtitles are needed and not there.
+    """
+    name = task.removesuffix(LOCAL)
+    if name == "lvbench":
+        for letter in "ABCD":
+            text = text.replace(f"({letter})", letter)
+    if name == "longvideobench_val_v" and family_named(family) == "internvl":
+        text = f"{subtitles_of(doc)}\n{text}"
     return text
 
 
@@ -119,28 +139,32 @@ def give_prompt(task: Any, family: str) -> dict[str, Any]:
     if not ours:
         return dict(task.lmms_eval_specific_kwargs or {})
     # What lmms-eval has merged still holds the settings by model id; only the merged ones count.
-    settings = {k: v for k, v in (task.lmms_eval_specific_kwargs or {}).items() if _plain(v)}
+    settings = {
+        name: value
+        for name, value in (task.lmms_eval_specific_kwargs or {}).items()
+        if not isinstance(value, dict)
+    }
     settings.update(ours)
     task.lmms_eval_specific_kwargs = settings
     build = task.config.doc_to_text
-    if name.removesuffix(LOCAL) == "lvbench" and not isinstance(build, _Adapted):
-        task.config.doc_to_text = _Adapted(name, build)
+    task.config.doc_to_text = _Adapted(
+        build.build if isinstance(build, _Adapted) else build, name, family
+    )
     return settings
 
 
 class _Adapted:
     """A task's ``doc_to_text`` with `adapt_text` after it; an object, so that it is known again."""
 
-    def __init__(self, task: str, build: Any) -> None:
-        self.task = task
+    def __init__(self, build: Any, task: str, family: str) -> None:
         self.build = build
+        self.task = task
+        self.family = family
 
-    def __call__(self, doc: Any, lmms_eval_specific_kwargs: Any = None) -> str:
-        return adapt_text(self.task, self.build(doc, lmms_eval_specific_kwargs))
+    def __call__(self, doc: Mapping[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:
+        text = self.build(doc, lmms_eval_specific_kwargs)
+        return adapt_text(self.family, self.task, text, doc)
 
     def __repr__(self) -> str:
-        return f"adapt_text after {getattr(self.build, '__name__', 'a template')}"
-
-
-def _plain(value: Any) -> bool:
-    return not isinstance(value, dict)
+        name = getattr(self.build, "__name__", "a template")
+        return f"{name}, as {self.family} is asked {self.task}"

@@ -83,10 +83,11 @@ def tell(report: Report) -> None:
             continue
         there = found.videos - len(found.missing)
         say(f"{task}: {found.rows:,} rows, {there:,} of {found.videos:,} videos there")
-        for place in found.missing[:NAMED]:
+        missing = [*found.missing, *found.beside]
+        for place in missing[:NAMED]:
             say(f"  missing: {report.root / report.benchmark.folder / place}")
-        if len(found.missing) > NAMED:
-            say(f"  and {len(found.missing) - NAMED:,} more")
+        if len(missing) > NAMED:
+            say(f"  and {len(missing) - NAMED:,} more")
     for line in report.damaged:
         err.print(line, style="red", markup=False, highlight=False)
     if report.ok:

@@ -24,12 +24,14 @@ class RowFiles:
     split : the split that lmms-eval's task reads.
     yaml : the task's file below ``lmms_eval/tasks``.
     places : where a row's video may be.
+    beside : other files that a row's prompt needs.
     """
 
     patterns: tuple[str, ...]
     split: str
     yaml: str
     places: Places
+    beside: Places = lambda row: ()
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ BENCHMARKS: dict[str, Benchmark] = {
                     "validation",
                     "longvideobench/longvideobench_val_v.yaml",
                     lambda row: (f"videos/{row['video_path']}",),
+                    lambda row: (f"subtitles/{row['subtitle_path']}",),
                 )
             },
         ),

@@ -54,11 +54,13 @@ class TaskReport:
     rows : number of rows; None where the rows themselves are missing.
     videos : number of different videos they name.
     missing : first place of each video that is not there, or is empty.
+    beside : the same of other files that the rows need, such as subtitles.
     """
 
     rows: int | None
     videos: int = 0
     missing: list[str] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -81,7 +83,8 @@ class Report:
     def ok(self) -> bool:
         """True if every row of every task has its video."""
         return not self.damaged and all(
-            task.rows is not None and not task.missing for task in self.tasks.values()
+            task.rows is not None and not task.missing and not task.beside
+            for task in self.tasks.values()
         )
 
 
@@ -166,12 +169,18 @@ def check(benchmark: Benchmark, root: Path) -> Report:
 
 
 def _check_rows(paths: Iterable[Path], files: RowFiles, target: Path) -> TaskReport:
-    videos = [files.places(row) for row in read_rows(paths)]
-    different = list(dict.fromkeys(videos))
+    videos: dict[tuple[str, ...], None] = {}
+    others: dict[str, None] = {}
+    count = 0
+    for row in read_rows(paths):
+        count += 1
+        videos[files.places(row)] = None
+        others.update(dict.fromkeys(files.beside(row)))
     missing = [
-        places[0] for places in different if not any(_is_there(target / place) for place in places)
+        places[0] for places in videos if not any(_is_there(target / place) for place in places)
     ]
-    return TaskReport(len(videos), len(different), missing)
+    beside = [place for place in others if not _is_there(target / place)]
+    return TaskReport(count, len(videos), missing, beside)
 
 
 def _is_there(path: Path) -> bool:

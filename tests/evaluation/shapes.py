@@ -30,6 +30,23 @@ TASKS = {
     "mvbench": "mvbench_action_sequence",
 }
 
+#: Of LongVideoBench, in both of their forms.
+SUBTITLES = [
+    json.dumps(
+        [
+            {"start": "00:00:00.500", "end": "00:00:02.600", "line": "we are off"},
+            {"start": "00:00:03.100", "end": "00:00:03.300", "line": "too short to see"},
+            {"start": "00:00:05.900", "end": "00:00:06.100", "line": "look, a river"},
+        ]
+    ).encode(),
+    json.dumps(
+        [
+            {"timestamp": [13.0, 45.5], "text": "let it rest"},
+            {"timestamp": [400.2, None], "text": "and now we wait"},
+        ]
+    ).encode(),
+]
+
 
 def rows_of(benchmark: str) -> list[dict[str, Any]]:
     name = "longvideobench" if benchmark == "longvideobench" else TASKS[benchmark]
@@ -69,7 +86,7 @@ def _longvideobench(folder: Path, rows: list[dict[str, Any]]) -> None:
     (folder / "lvb_val.json").write_text(json.dumps(rows))
     videos = {f"videos/{row['video_path']}": video(i) for i, row in enumerate(rows)}
     split(write_tar(folder / "videos.tar", videos), 3)
-    subtitles = {f"subtitles/{row['subtitle_path']}": b"[]" for row in rows}
+    subtitles = {f"subtitles/{row['subtitle_path']}": SUBTITLES[i] for i, row in enumerate(rows)}
     write_tar(folder / "subtitles.tar", subtitles)
 
 

@@ -177,6 +177,17 @@ def test_missing_and_empty_videos_are_named_and_fail_the_command(
     assert f"HF_HOME={tmp_path / 'root'}" in done.stdout
 
 
+def test_subtitles_that_prompts_need_are_asked_for_too(
+    tmp_path: Path, run: Callable[..., Done]
+) -> None:
+    source = make_source(tmp_path / "source", "longvideobench")
+    (source / "subtitles.tar").unlink()
+    done = run("longvideobench", "--root", tmp_path / "root", "--from", source, "--quiet")
+    assert done.returncode == 1
+    assert "2 of 2 videos there" in done.stdout
+    assert "longvideobench/subtitles/q-Trail9_en.json" in done.stdout
+
+
 def test_a_video_of_another_ending_counts_where_lmms_eval_takes_it(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source", "videomme")
     write_zip(source / "videos_chunked_02.zip", {"data/longOne_601.mkv": video(2)})
@@ -439,7 +450,9 @@ def test_a_killed_run_is_continued(tmp_path: Path) -> None:
     rows = [{**row, "id": str(i), "video_path": f"v{i}.mp4"} for i in range(6)]
     source = tmp_path / "source"
     write_parquet(source / "validation-00000-of-00001.parquet", rows)
-    split(write_tar(source / "videos.tar", {f"videos/v{i}.mp4": video(i) for i in range(6)}), 4)
+    files = {f"videos/v{i}.mp4": video(i) for i in range(6)}
+    subtitles = {f"subtitles/{row['subtitle_path']}": b"[]"}
+    split(write_tar(source / "videos.tar", {**files, **subtitles}), 4)
     root = tmp_path / "root"
     command = [sys.executable, "-c", _KILLED, str(root), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
