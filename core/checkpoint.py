@@ -272,7 +272,8 @@ def load_into(
     model : its parameters are replaced in place; its buffers that are not stored must be real.
     dtype : dtype of the floating-point parameters; default, as stored. On the CPU, parameters that
         keep their dtype map the file instead of being copied.
-    device : where parameters go, or a function from parameter name to that.
+    device : where parameters go, or a function from parameter name to that; what goes to the meta
+        device must be stored all the same.
     convert, ignored, tied : as in `plan_conversion`.
 
     Raises
@@ -289,7 +290,11 @@ def load_into(
         owner, leaf = _owner(model, alias)
         setattr(owner, leaf, model.get_parameter(name))
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    left = [name for name, tensor in tensors if tensor.is_meta]
+    left = [
+        name
+        for name, tensor in tensors
+        if tensor.is_meta and torch.device(place(name)).type != "meta"
+    ]
     if left:
         raise CheckpointError(
             f"{some(left)} have no values after loading: no checkpoint stores them. Build the "

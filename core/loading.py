@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,9 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, Convert, load_into, some
 from .errors import CheckpointError, UnsupportedModelError
+
+#: Where the layers of the text model are in the classes of every family.
+LAYERS = "model.language_model.layers"
 
 #: What a published selector's flat config.json says about its text model, rope aside.
 TEXT_FIELDS = (
@@ -43,7 +49,8 @@ def load_pretrained(
     Parameters
     ----------
     cls : the transformers class, with ``from_pretrained``.
-    folder, dtype, device_map, attn_implementation : as in `Architecture.load_model`.
+    folder, dtype, device_map, attn_implementation : as in `Architecture.load_model`; also a map of
+        `without_layers`.
 
     Raises
     ------
@@ -52,15 +59,17 @@ def load_pretrained(
         and leave random weights in their place.
     """
     Checkpoint(folder)  # names missing and damaged files better than what follows would
-    model, report = cls.from_pretrained(
-        folder,
-        dtype="auto" if dtype is None else dtype,
-        device_map=device_map,
-        attn_implementation=attn_implementation,
+    options = {
+        "dtype": "auto" if dtype is None else dtype,
+        "attn_implementation": attn_implementation,
         # Reported below with the rest, instead of an error that names no weight.
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+        "ignore_mismatched_sizes": True,
+        "output_loading_info": True,
+    }
+    if isinstance(device_map, Mapping) and device_map.get(LAYERS) == "meta":
+        model, report = _without_layers(cls, folder, device_map[""], options)
+    else:
+        model, report = cls.from_pretrained(folder, device_map=device_map, **options)
     wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
     if wrong:
         raise CheckpointError(
@@ -68,6 +77,60 @@ def load_pretrained(
             + "; ".join(f"{what}: {some(names)}" for what, names in wrong.items())
         )
     return model
+
+
+def without_layers(device: str) -> dict[str, str]:
+    """Return a device map that leaves the decoder's layers on the meta device, unread.
+
+    What remains encodes videos and embeds text, as training with stored scores needs it; the layers
+    of a large model are nearly all of it.
+    """
+    return {"": device, LAYERS: "meta"}
+
+
+def _without_layers(
+    cls: Any, folder: Path, device: str, options: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Load all but the decoder's layers; their weights must be there all the same."""
+    config = cls.config_class.from_pretrained(folder)
+    text = config.get_text_config()
+    whole = {name: getattr(text, name, None) for name in ("num_hidden_layers", "layer_types")}
+    with torch.device("meta"):
+        layers = cls._from_config(copy.deepcopy(config)).get_submodule(LAYERS)
+    # To transformers this is a model without layers; every weight of theirs is then one too many.
+    text.num_hidden_layers = 0
+    if whole["layer_types"] is not None:
+        text.layer_types = []
+    with _no_report():
+        model, report = cls.from_pretrained(folder, config=config, device_map=device, **options)
+    for name, value in whole.items():
+        if value is not None:
+            setattr(text, name, value)
+            setattr(model.config.get_text_config(), name, value)
+    unread = {f"{LAYERS}.{name}" for name, _ in layers.named_parameters()}
+    found = set(report["unexpected_keys"])
+    layers.requires_grad_(False)
+    model.get_submodule(LAYERS).extend(layers.to(model.dtype))
+    return model, {
+        **report,
+        "unexpected_keys": found - unread,
+        "missing_keys": {*report["missing_keys"], *(unread - found)},
+    }
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Keep transformers from logging what did not fit: here it does not fit on purpose."""
+    speaker = logging.getLogger("transformers.modeling_utils")
+
+    def silent(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    speaker.addFilter(silent)
+    try:
+        yield
+    finally:
+        speaker.removeFilter(silent)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype | None:

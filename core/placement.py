@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
+from torch import nn
 
 from .checkpoint import some
 from .errors import OptionError
@@ -67,9 +68,23 @@ class Placement:
 
     def spread(self, model: Any) -> Any:
         """Move what is elsewhere, such as buffers, and connect parts on different devices."""
-        if len(set(self.devices.values())) == 1:
-            return model.to(next(iter(self.devices.values())))
+        devices = set(self.devices.values())
+        if len(devices) == 1:
+            return model.to(devices.pop())
+        if devices == {self.devices.get(""), "meta"}:
+            return self._spread_around(model)
         return dispatch_model(model, self.devices)
+
+    def _spread_around(self, model: Any) -> Any:
+        """Move a model to its one device, around the modules that stay without values."""
+        unread = [module for module, device in self.devices.items() if device == "meta"]
+        aside = {name: model.get_submodule(name) for name in unread}
+        for name in unread:
+            model.set_submodule(name, nn.Module())
+        model.to(self.devices[""])
+        for name, module in aside.items():
+            model.set_submodule(name, module.to("meta"))
+        return model
 
 
 def _covering(name: str, devices: Mapping[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from ..core.errors import (
     UnsupportedModelError,
 )
 from ..core.hub import local_folder
+from ..core.loading import without_layers
 
 #: Class of a loaded model: (family, name of its `Architecture`).
 FAMILIES: dict[str, tuple[str, str]] = {
@@ -118,6 +119,21 @@ def load_model(
             f"{_first_line(error)} Install what it needs, or take 'sdpa'."
         ) from error
     return model.eval()
+
+
+def load_tower(
+    path_or_id: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+) -> Any:
+    """Load a model without the layers of its text model, which stay on the meta device.
+
+    It encodes videos and embeds text, and takes the memory of those parts alone. Parameters and
+    errors are those of `load_model`.
+    """
+    folder, family = _resolve(path_or_id)
+    placed = without_layers(_placement(device, None))
+    return family.load_model(folder, _dtype(dtype), placed, None).eval()
 
 
 def load_processor(path_or_id: str | Path) -> Any:

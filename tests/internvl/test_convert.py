@@ -24,6 +24,7 @@ from flexselect.core.checkpoint import Checkpoint
 from flexselect.core.decoder import reference_states
 from flexselect.core.errors import CheckpointError, OptionError, UnsupportedModelError
 from flexselect.core.relevance import relevance
+from flexselect.inference.registry import load_model, load_tower
 from flexselect.internvl.convert import convert_checkpoint, load_original, load_processor
 from flexselect.internvl.original import convert_text_config
 
@@ -331,3 +332,14 @@ def test_killed_conversion_leaves_nothing_finished(original: Path, tmp_path: Pat
     with pytest.raises(CheckpointError, match="damaged or incomplete"):
         Checkpoint(left)
     assert convert_checkpoint(original, ready) == ready
+
+
+def test_an_original_checkpoint_loads_without_its_layers_too(original: Path) -> None:
+    whole = load_model(original, device="cpu")
+    model = load_tower(original, device="cpu")
+    weights = dict(whole.named_parameters())
+    for name, weight in model.named_parameters():
+        assert weight.is_meta == name.startswith("model.language_model.layers.")
+        assert weight.is_meta or torch.equal(weight, weights[name])
+    assert len(list(model.parameters())) == len(weights)
+    assert not any(buffer.is_meta for buffer in model.buffers())
