@@ -73,11 +73,11 @@ fixtures: install ## compare with the golden data in FIXTURES=folder
 	$(BIN)/python scripts/check_fixture.py "$(FIXTURES)"
 
 eval: install ## compare methods on benchmarks; MODEL= CKPT= TASKS= METHODS= SELECTOR= LIMIT= GPUS=
-	$(BIN)/flexselect eval $(MODEL) $(call option,ckpt,CKPT) $(call option,tasks,TASKS) \
+	$(BIN)/flexselect eval $(strip $(MODEL) $(call option,ckpt,CKPT) $(call option,tasks,TASKS) \
 		$(call option,methods,METHODS) $(call option,selector,SELECTOR) \
 		$(call option,budget,BUDGET) $(call option,layer,LAYER) $(call option,frames,FRAMES) \
 		$(call option,fps,FPS) $(call option,gpus,GPUS) $(call option,limit,LIMIT) \
-		$(call option,include,INCLUDE) $(ARGS)
+		$(call option,include,INCLUDE) $(ARGS))
 
 clean: ## remove caches and build outputs; .venv stays
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
