@@ -47,6 +47,7 @@ class Arguments:
     batch_size : questions answered at a time.
     max_new_tokens : longest answer; default: what the task says.
     system_prompt : put before every conversation; default: what the chat template says.
+    prompts : ``"published"``, those of the published figures, or ``"task"``, the harness's own.
     run_folder : where answers are kept, so that an interrupted run continues; none by default.
     record_selection : also keep, for every question, how many tokens of each frame stayed and the
         moments the answer was read from.
@@ -62,6 +63,7 @@ class Arguments:
     batch_size: int = 1
     max_new_tokens: int | None = None
     system_prompt: str | None = None
+    prompts: str = "published"
     run_folder: str | None = None
     record_selection: bool = False
     cache_gb: float = 8.0
@@ -229,6 +231,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "frames_per_chunk": ("a whole number of at least 1", lambda v: _whole(v, 1)),
     "layer": ("a whole number of at least 0", lambda v: _whole(v, 0)),
     "max_new_tokens": ("a whole number of at least 1", lambda v: _whole(v, 1)),
+    "prompts": ("published or task", lambda v: v in ("published", "task")),
     "record_selection": ("true or false", lambda v: isinstance(v, bool)),
     "selector": ("the folder or hub id of a Lite selector", lambda v: isinstance(v, str | Path)),
     **{

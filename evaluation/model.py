@@ -28,6 +28,7 @@ from .answering import answer, encode_prompt, generation_options, stop_texts
 from .arguments import Arguments, parse_arguments
 from .identity import checkpoint_digest, code_digest, versions
 from .journal import Journal, digest
+from .prompts import give_prompt, prompt_settings
 from .questions import Question, by_video, deal, pictures_of, read_requests
 from .videos import OpenVideos
 
@@ -120,6 +121,8 @@ class FlexSelectModel(lmms):
             A request cannot be asked at all. A missing or damaged video is no such case: its
             answer is empty and its row says why.
         """
+        if self.arguments.prompts == "published":
+            self._give_prompts(requests)
         questions = read_requests(requests, self.task_dict)
         self._ask_again = {request.args[4]: request.args[1] for request in requests}
         asked = [question for question in questions if question is not None]
@@ -171,6 +174,17 @@ class FlexSelectModel(lmms):
             "code": code_digest(),
             "versions": versions(),
         }
+
+    def _give_prompts(self, requests: Sequence[Instance]) -> None:
+        """Give tasks their published prompts, where the harness has built others already."""
+        for request in requests:
+            _, to_messages, *_, doc_id, name, split = request.args
+            task = getattr(to_messages, "__self__", None)
+            if task is not None and prompt_settings(self.family, name):
+                give_prompt(task, self.family)
+                # What the harness logs as input is the text of the request.
+                text = task.doc_to_text(self.task_dict[name][split][doc_id])
+                request.arguments = (text, *request.args[1:])
 
     def _answer_shared(self, own: list[Question]) -> dict[str, Row]:
         """Answer questions together with the other processes; returns the rows by key.

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from lmms_eval.api.instance import Instance
 from lmms_eval.models import get_model, get_model_manifest
 
 from flexselect.core.errors import OptionError, UnsupportedModelError
@@ -60,3 +61,38 @@ def test_the_harness_says_what_is_wrong_and_the_rest_is_refused():
         model.loglikelihood([])
     with pytest.raises(OptionError, match="rounds"):
         model.generate_until_multi_round([])
+
+
+class _Task:
+    """A task as the harness has built it: with its own prompt in the requests already."""
+
+    class config:
+        task = "videomme"
+        doc_to_text = None
+
+    def __init__(self) -> None:
+        self.lmms_eval_specific_kwargs = {"pre_prompt": "", "post_prompt": "The harness's own."}
+
+    def doc_to_text(self, doc):
+        return f"{doc['question']} {self.lmms_eval_specific_kwargs['post_prompt']}"
+
+    def doc_to_messages(self, doc):
+        content = [{"type": "text", "text": self.doc_to_text(doc)}]
+        return [{"role": "user", "content": content}]
+
+
+@pytest.mark.parametrize("prompts", ["published", "task"])
+def test_the_published_prompt_is_asked_and_logged_unless_told_otherwise(prompts, tmp_path):
+    model = CLASSES["qwen2_5_vl"](pretrained=TINY, prompts=prompts, run_folder=str(tmp_path))
+    task = _Task()
+    row = {"question": "What number is on the red star?"}
+    model.task_dict["videomme"] = {"test": [row]}
+    arguments = (task.doc_to_text(row), task.doc_to_messages, {}, 0, "videomme", "test")
+    metadata = {"task": "videomme", "doc_id": 0, "repeats": 1}
+    request = Instance("generate_until", arguments, 0, metadata=metadata)
+    model.generate_until([request])
+    (answered,) = model.answered.values()
+    asked = answered["prompt"][0]["content"][0]["text"]
+    assert asked == request.args[0]
+    assert ("The harness's own." in asked) == (prompts == "task")
+    assert ("Answer with the option's letter" in asked) == (prompts == "published")
