@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 import torch.distributed
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -117,9 +119,7 @@ class SelectorTrainer(Trainer):
             )
         arguments.warmup_steps = math.ceil(recipe.warmup * self.steps)
         if recipe.checkpointing:
-            student.selector.language_model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            recompute(student.selector.language_model)
         super().__init__(
             model=student,
             args=arguments,
@@ -317,6 +317,16 @@ class SelectorTrainer(Trainer):
     def _wait(self) -> None:
         if self.args.world_size > 1:
             torch.distributed.barrier()
+
+
+def recompute(text: Any) -> None:
+    """Let the layers of a text model recompute their activations in the backward pass.
+
+    Written out because the stock method's name differs between the versions we support.
+    """
+    for layer in text.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 @dataclass(frozen=True)
