@@ -353,11 +353,11 @@ def _settle(folder: Path, settings: Mapping[str, Any], made_by: Mapping[str, Any
             return
         # As JSON has them: a tuple comes back as a list.
         mine = json.loads(json.dumps(settings))
-        record = _read_settings(folder)
-        differ = different(record["settings"], mine)
+        there = _read_settings(folder)
+        differ = different(there["settings"], mine)
         if differ:
             raise OptionError(
-                f"{folder} holds scores of {record['made_by'].get('model', 'a model')} with other "
+                f"{folder} holds scores of {there['made_by'].get('model', 'a model')} with other "
                 f"settings: {', '.join(differ)}. Choose another --out, or rank with the same "
                 "settings."
             )

@@ -199,7 +199,8 @@ def test_a_question_that_looks_like_a_video_is_damaged(examples: list[Example]) 
     _, processor = tiny("internvl")
     token = processor.tokenizer.convert_ids_to_tokens(processor.tokenizer.context_image_token_id)
     bad = replace(examples[0], id="bad", question=f"What is {token}?")
-    first, second = sample_set([bad, examples[0]])
+    samples = sample_set([bad, examples[0]])
+    first, second = samples[0], samples[1]
     assert isinstance(first, Damaged)
     assert "bad: the question cannot be asked" in first.reason
     assert isinstance(second, Sample)

@@ -38,7 +38,9 @@ def samples_of(
 ) -> list[tuple[Sample, torch.Tensor]]:
     architecture, processor = tiny(family)
     found = []
-    for sample in SampleSet(examples, architecture, processor, {"frames": frames}):
+    samples = SampleSet(examples, architecture, processor, {"frames": frames})
+    for index in range(len(samples)):
+        sample = samples[index]
         assert isinstance(sample, Sample)
         found.append((sample, encode(architecture, [sample.pixels]).model))
     return found
