@@ -53,6 +53,9 @@ def evaluate(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute, such as cuda.")] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="Spread a model that one GPU cannot hold, e.g. auto.")
+    ] = None,
     attn: Annotated[str | None, typer.Option(help="Attention kernel.")] = None,
     record_selection: Annotated[
         bool, typer.Option("--record-selection", help="Also keep which frames stayed, by sample.")
@@ -82,6 +85,7 @@ def evaluate(
             "batch_size": batch_size,
             "dtype": dtype,
             "device": device,
+            "device_map": device_map,
             "attn_implementation": attn,
             "record_selection": record_selection or None,
         }

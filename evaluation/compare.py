@@ -360,7 +360,7 @@ def _left_out(comparison: Comparison, task: str) -> Iterator[str]:
 def _explanation(comparison: Comparison) -> list[str]:
     count = sum(pair.result is not None for pair in comparison.pairs)
     return [
-        "Accuracy is lmms-eval's figure of the task, with half its 95 % interval. The difference "
+        "Accuracy is lmms-eval's figure of the task, and how far its 95 % interval reaches. The difference "
         "is of the mean score of the samples that both have (gained: only the first named has it "
         f"right), with a 95 % interval from {DRAWS:,} paired bootstrap draws of videos. p is "
         f"McNemar's test, exact and two-sided; p (Holm) is corrected for {count} comparison"
