@@ -360,9 +360,9 @@ def _left_out(comparison: Comparison, task: str) -> Iterator[str]:
 def _explanation(comparison: Comparison) -> list[str]:
     count = sum(pair.result is not None for pair in comparison.pairs)
     return [
-        "Accuracy is lmms-eval's figure of the task, and how far its 95 % interval reaches. The difference "
-        "is of the mean score of the samples that both have (gained: only the first named has it "
-        f"right), with a 95 % interval from {DRAWS:,} paired bootstrap draws of videos. p is "
+        "Accuracy is lmms-eval's figure of the task, ± how far its 95 % interval reaches. The "
+        "difference is of the mean score of the samples that both have (gained: only the first "
+        f"named has it right), with a 95 % interval from {DRAWS:,} paired bootstrap draws of videos. p is "
         f"McNemar's test, exact and two-sided; p (Holm) is corrected for {count} comparison"
         f"{'' if count == 1 else 's'}."
     ]

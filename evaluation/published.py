@@ -278,8 +278,8 @@ _HEAD = f"""\
 # Results
 
 The reference's published figures, and ours beside them: accuracy in percent, ours with how far its
-95 % interval reaches. A cell is empty until somebody has run it; below each table stands the command
-that fills a row.
+95 % interval reaches. A cell is empty until somebody has run it; below each table stand the
+commands that fill its rows.
 
 Published: {SOURCE}.
 Every cell of that table for these models was found there; none is from memory.
