@@ -92,6 +92,8 @@ class Clip:
         Scene of the pool and look at it; number of the scene within the clip; time in rope units.
     kept : ndarray of shape (frames, slots), bool
         Tokens that are there.
+    focus : tuple of int and Mark, optional
+        Attribute and mark that the clip was pruned for: what its first question asks.
     """
 
     scenes: NDArray[np.int64]
@@ -99,6 +101,7 @@ class Clip:
     runs: NDArray[np.int64]
     times: NDArray[np.int64]
     kept: NDArray[np.bool_]
+    focus: tuple[int, Mark] | None = None
 
 
 def whole_clip(pool: Pool, rng: np.random.RandomState, *, frames: int, slots: int) -> Clip:
@@ -116,23 +119,30 @@ def pruned_clip(
     frames: int,
     ranked: Sequence[bool],
     cell_slots: Sequence[int],
+    focused: bool = False,
 ) -> Clip:
     """Draw a clip of which ``tokens`` tokens are left, near misses more than others.
 
     Selection keeps what resembles the question, so the answering pass is dense in marks that share
-    an attribute with it. Here the marks of a small palette are kept first. Unranked tokens stay
-    where any token of their frame does; times are consecutive or the original ones.
+    an attribute with it. Here the marks of a small palette are kept first; with ``focused``, those
+    that share just one of the two attributes that a question about one of them names. Unranked
+    tokens stay where any token of their frame does; times are consecutive or the original ones.
     """
     repeat = int(rng.randint(1, pool.looks + 1))
     scenes = _scenes(pool, rng, max(1, frames // repeat))
     total = len(scenes) * repeat
     appeal = rng.random_sample((total, len(ranked))) * 1.2
     marks = np.repeat(pool.marks[scenes], repeat, axis=0)
-    chosen = [rng.permutation(size)[:keep] for size, keep in zip(SIZES, (3, 3, 5), strict=True)]
-    for attribute, palette in enumerate(chosen):
-        appeal[:, list(cell_slots)] += np.isin(marks[..., attribute], palette)
+    focus = _focus(marks, rng) if focused else None
+    if focus is not None:
+        appeal[:, list(cell_slots)] += _resemblance(marks, focus)
+    else:
+        chosen = [rng.permutation(size)[:keep] for size, keep in zip(SIZES, (3, 3, 5), strict=True)]
+        for attribute, palette in enumerate(chosen):
+            appeal[:, list(cell_slots)] += np.isin(marks[..., attribute], palette)
     appeal[:, ~np.asarray(ranked)] = -np.inf
-    best = np.argsort(-appeal, axis=None, kind="stable")[: min(tokens, int(np.sum(ranked)) * total)]
+    there = int(np.isfinite(appeal).sum())
+    best = np.argsort(-appeal, axis=None, kind="stable")[: min(tokens, there)]
     chosen_tokens = np.zeros(appeal.size, dtype=np.bool_)
     chosen_tokens[best] = True
     kept = chosen_tokens.reshape(total, len(ranked))
@@ -143,7 +153,32 @@ def pruned_clip(
     if rng.random_sample() < 0.7:
         step = int(rng.randint(1, MAX_STEP + 1))
         times = np.cumsum(left) * step - step
-    return Clip(clip.scenes[left], clip.looks[left], clip.runs[left], times[left], kept[left])
+    return Clip(
+        clip.scenes[left], clip.looks[left], clip.runs[left], times[left], kept[left], focus
+    )
+
+
+def _focus(marks: NDArray[np.int64], rng: np.random.RandomState) -> tuple[int, Mark] | None:
+    """Choose a mark of ``(frames, cells, 3)`` to ask for, and which attribute of it."""
+    there = np.argwhere(marks[..., 0] != EMPTY)
+    if not len(there):
+        return None
+    frame, cell = there[rng.randint(len(there))]
+    colour, shape, digit = marks[frame, cell].tolist()
+    return int(rng.randint(3)), (colour, shape, digit)
+
+
+def _resemblance(marks: NDArray[np.int64], focus: tuple[int, Mark]) -> NDArray[np.float64]:
+    """Say how much each mark ``(frames, cells, 3)`` resembles what is asked: ``(frames, cells)``.
+
+    The asked mark comes first, then near misses; a mark that would be another answer is not there.
+    """
+    wanted, mark = focus
+    same = marks == np.array(mark)
+    named = same.sum(axis=2) - same[..., wanted]
+    resemblance = 2.0 * named
+    resemblance[(named == 2) & ~same[..., wanted]] = -np.inf
+    return resemblance
 
 
 def drill(
@@ -198,13 +233,17 @@ def ask(
     Returns
     -------
     list of (question, answer)
-        Tasks as often as ``tasks`` names them, as far as the clip has marks for them.
+        What the clip was pruned for, then tasks as often as ``tasks`` names them, as far as the
+        clip has marks for them.
     """
     shown = _shown(pool, clip, cell_slots)
     if not shown:
         return []
     answers = _answers(shown)
     asked: dict[str, str] = {}
+    if clip.focus is not None:
+        wanted, mark = clip.focus
+        asked.update([phrase(_TASK_OF[wanted], [mark])])
     for _ in range(count * 3):
         task = tasks[rng.randint(len(tasks))]
         marks = _marks_for(task, shown, answers, rng)
@@ -225,6 +264,8 @@ class _Sight(NamedTuple):
 
 
 _Answers = dict[tuple[int, int, int], set[int]]
+#: The task that asks for each attribute.
+_TASK_OF = ("colour", "shape", "number")
 
 
 def _shown(pool: Pool, clip: Clip, cell_slots: Sequence[int]) -> list[_Sight]:
@@ -259,7 +300,7 @@ def _marks_for(
     sight = shown[rng.randint(len(shown))]
     colour, shape, _ = sight.mark
     if task in RETRIEVAL:
-        wanted = {"number": 2, "colour": 0, "shape": 1}[task]
+        wanted = _TASK_OF.index(task)
         return [sight.mark] if len(answers[_key(sight.mark, wanted)]) == 1 else None
     if task == "count":
         # Few chance upon a shape and colour that recurs; look for one half of the time.

@@ -6,6 +6,8 @@
 3. *Language*: the language model learns to look marks up, first by drills, then by questions.
 4. *Near misses*: whole clips alternate with clips pruned to the tokens that resemble a question,
    because answering from selected tokens is denser in near misses than any clip.
+5. *Selected*: most clips are pruned for their first question, as selection prunes a long video, and
+   are as long as what a budget leaves of one.
 
 Every picture passes through the h264 encoder and decoder and the family's real processor. No clip
 holds more than sixteen pictures of video; a pruned clip holds no more tokens than
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 
 from .batches import IGNORE, Batch, Scribe, embed
 from .clips import Pool, ask, drill, film_scenes, pruned_clip, whole_clip
-from .models import Family
+from .models import CELLS, Family
 from .questions import RETRIEVAL, TASKS, split_seed
 from .scenes import EMPTY, SIZES
 
@@ -52,6 +54,9 @@ class Segment:
         Share of the batches whose clips are pruned.
     tokens : int
         Ranked tokens a pruned clip keeps.
+    focused : float
+        Share of the pruned clips that are pruned for one question. These keep between a quarter
+        of ``tokens`` and all of them.
     tasks : tuple of str
         Tasks to ask, in proportion.
     gaps : int
@@ -66,6 +71,7 @@ class Segment:
     turns: int
     pruned: float = 0.0
     tokens: int = 0
+    focused: float = 0.0
     tasks: tuple[str, ...] = ()
     gaps: int = 0
 
@@ -127,16 +133,17 @@ _MIXED_TASKS = (*RETRIEVAL, *RETRIEVAL, *TASKS)
 
 def default_recipe(family: Family) -> Recipe:
     """Return the recipe of the committed checkpoints."""
-    # A frame of InternVL and LLaVA-Video is one picture and has tokens beside its cells.
-    room = len(family.frame_slots()[0]) * 16 // family.pictures_per_frame - 32
     # Looking marks up takes M-RoPE longer to get right than plain positions, and the coarser
     # tokens of SigLIP, whose patches LLaVA-Video projects before pooling them, longest of all.
-    questions = {"qwen2_5_vl": 600, "internvl": 350, "llava_video": 600}[family.name]
-    drills = 350 if family.name == "llava_video" else 250
+    questions = {"qwen2_5_vl": 600, "internvl": 350, "llava_video": 900}[family.name]
+    drills = 400 if family.name == "llava_video" else 250
     towers = 800 if family.name == "llava_video" else 300
-    # So long at drills, LLaVA-Video answers only right behind the second attribute, and questions
-    # stay a riddle for 300 steps, unless the drills themselves become more like them.
-    gaps = 250 if family.name == "llava_video" else 0
+    slots, ranked = family.frame_slots()
+    # A frame of InternVL and LLaVA-Video is one picture and has tokens beside its cells.
+    room = len(slots) * 16 // family.pictures_per_frame - 32
+    # Tags and newlines are ranked like cells, and headers stay: more tokens to answer from.
+    tokens = 64 if len(slots) == CELLS else 96
+    headers = ranked.count(False)
     short, long = 8, 16
     return Recipe(
         tower_steps=towers,
@@ -151,7 +158,6 @@ def default_recipe(family: Family) -> Recipe:
                 (
                     Segment("drill", drills, 32, 100 + room // 2, (short,), 20),
                     Segment("drill", drills, 24, 100 + room, (long,), 20),
-                    Segment("drill", gaps, 24, 160 + room, (short, long), 12, gaps=4),
                     Segment(
                         "questions", questions, 24, 160 + room, (short, long), 8, tasks=RETRIEVAL
                     ),
@@ -175,6 +181,25 @@ def default_recipe(family: Family) -> Recipe:
                     ),
                 ),
             ),
+            Phase(
+                "selected",
+                5e-4,
+                10,
+                (
+                    Segment(
+                        "questions",
+                        200,
+                        16,
+                        90 + tokens * (1 + headers),
+                        (4, 8, long),
+                        4,
+                        pruned=0.75,
+                        tokens=tokens,
+                        focused=0.85,
+                        tasks=RETRIEVAL,
+                    ),
+                ),
+            ),
         ),
         text={},
     )
@@ -187,10 +212,14 @@ def student_recipe(family: Family) -> Recipe:
     question makes a useless selector, however well it imitates a ranking.
     """
     whole = default_recipe(family)
-    steps = (300, 300, 0 if family.name == "qwen2_5_vl" else 150, 500)
-    segments = tuple(
-        replace(segment, steps=count)
-        for segment, count in zip(whole.phases[0].segments, steps, strict=True)
+    drills, longer, questions = whole.phases[0].segments
+    # Qwen2.5-VL's passes from drills to questions at once, the others' not without a bridge.
+    bridge = 0 if family.name == "qwen2_5_vl" else 150
+    segments = (
+        replace(drills, steps=300),
+        replace(longer, steps=300),
+        replace(questions, kind="drill", steps=bridge, turns=12, tasks=(), gaps=4),
+        replace(questions, steps=500),
     )
     return replace(
         whole,
@@ -311,13 +340,19 @@ def make_batch(scribe: Scribe, pool: Pool, segment: Segment, rng: np.random.Rand
     clips, texts = [], []
     for _ in range(segment.batch):
         if pruned:
+            focused = bool(segment.focused) and rng.random_sample() < segment.focused
+            tokens = segment.tokens
+            if focused:
+                tokens = int(rng.randint(segment.tokens // 4, segment.tokens + 1))
             clip = pruned_clip(
                 pool,
                 rng,
-                tokens=segment.tokens,
-                frames=int(rng.randint(segment.tokens // 4, segment.tokens + 1)),
+                tokens=tokens,
+                # So many that near misses alone can fill a clip that is pruned for a question.
+                frames=int(rng.randint(tokens // 4, tokens + 1)) * (3 if focused else 1),
                 ranked=scribe.ranked,
                 cell_slots=scribe.cell_slots,
+                focused=focused,
             )
         else:
             pictures = segment.pictures[rng.randint(len(segment.pictures))]
