@@ -52,6 +52,8 @@ run() {
 }
 
 # evaluate PLUGIN EXTRA: run lmms-eval's plug-in of a family with the variables of its eval.sh.
+# Started again after an interruption, it goes on with what is left. The harness exits honestly only
+# with --verbosity DEBUG.
 evaluate() {
   local arguments="pretrained=$pretrained,use_token_selector=$use_token_selector"
   if [[ $use_token_selector == True ]]; then
@@ -59,7 +61,10 @@ evaluate() {
     arguments+=",tkn_budget=$tkn_budget,token_selector_layer=$token_selector_layer"
     [[ -z $token_selector_type ]] || arguments+=",token_selector_type=$token_selector_type"
   fi
+  # What `make install` has set up is used without being activated.
+  [[ ! -d .venv/bin ]] || PATH=$PWD/.venv/bin:$PATH
+  arguments+=",$2,run_folder=$output_path/answers"
   run evaluation accelerate launch --num_processes "$gpus" -m lmms_eval --model "$1" \
-    --model_args "$arguments,$2" --tasks "$tasks" --batch_size 1 \
-    --output_path "$output_path" --log_samples
+    --model_args "$arguments" --tasks "$tasks" --batch_size 1 --include_path evaluation/tasks \
+    --output_path "$output_path" --log_samples --verbosity DEBUG
 }
