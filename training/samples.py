@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, zip_longest
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,6 +66,7 @@ class SampleSet(Dataset[Sample | Damaged]):
     sampling : options of `open_video` that choose and size pictures; what is not given comes from
         the model's preset. Default: `FRAMES` pictures.
     backend : decoder.
+    remember : videos whose pixels are kept for the next question about them.
 
     Attributes
     ----------
@@ -84,7 +85,10 @@ class SampleSet(Dataset[Sample | Damaged]):
         processor: Any,
         sampling: Mapping[str, Any] | None = None,
         backend: str = "pyav",
+        remember: int = 1,
     ) -> None:
+        if remember < 1:
+            raise OptionError(f"remember must be at least 1, got {remember}.")
         self.examples = list(examples)
         preset = preset_of(architecture)
         asked = {"frames": FRAMES} if sampling is None else sampling
@@ -94,7 +98,8 @@ class SampleSet(Dataset[Sample | Damaged]):
         self.architecture = type(architecture)(SimpleNamespace(config=architecture.model.config))
         self.processor = processor
         self.backend = backend
-        self._latest: tuple[str, Pixels | str] | None = None
+        self.remember = remember
+        self._latest: dict[str, Pixels | str] = {}
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -111,11 +116,15 @@ class SampleSet(Dataset[Sample | Damaged]):
         return Sample(example, pixels, prompt)
 
     def _pixels(self, example: Example) -> Pixels | str:
-        """Decode a video unless it is the one decoded last; a text says why there is nothing."""
+        """Decode a video unless that was done lately; a text says why there is nothing."""
         name = str(example.video)
-        if self._latest is None or self._latest[0] != name:
-            self._latest = (name, self._decode(example))
-        return self._latest[1]
+        pixels = self._latest.pop(name, None)
+        if pixels is None:
+            while len(self._latest) >= self.remember:
+                del self._latest[next(iter(self._latest))]
+            pixels = self._decode(example)
+        self._latest[name] = pixels
+        return pixels
 
     def _decode(self, example: Example) -> Pixels | str:
         try:
@@ -138,6 +147,11 @@ class SampleLoader:
     shuffle : False keeps the order of the examples.
     together : questions of one video follow each other, so that it is decoded once. The videos are
         shuffled, and the questions of each. False shuffles questions without regard to videos.
+    lanes : videos that are asked about in turn. With 1 all questions of a video stand in a row, so
+        a step of several samples sees few videos. With as many lanes as all processes have workers
+        (times the samples of a batch), a step sees a different video in each sample, and every
+        question of a video still comes to the same worker of the same process, one after another.
+        It should come from the recipe, so that the order does not depend on who runs it.
     workers : processes that decode; 0 decodes in this one.
     shard : (place of this process, number of processes). Sample n of an epoch goes to process
         n modulo their number, so one step of all of them is the same stretch of samples, however
@@ -153,6 +167,7 @@ class SampleLoader:
         seed: int = 0,
         shuffle: bool = True,
         together: bool = True,
+        lanes: int = 1,
         workers: int = 0,
         shard: tuple[int, int] = (0, 1),
         even: bool = False,
@@ -161,12 +176,13 @@ class SampleLoader:
         place, processes = shard
         if not 0 <= place < processes:
             raise OptionError(f"shard {place} of {processes}: the first must be below the second.")
-        if workers < 0 or prefetch < 1:
-            raise OptionError("workers must be at least 0, and prefetch at least 1.")
+        if workers < 0 or prefetch < 1 or lanes < 1:
+            raise OptionError("workers must be at least 0, and prefetch and lanes at least 1.")
         self.samples = samples
         self.seed = seed
         self.shuffle = shuffle
         self.together = together
+        self.lanes = lanes
         self.workers = workers
         self.shard = shard
         self.even = even
@@ -190,7 +206,11 @@ class SampleLoader:
         films: dict[str, list[int]] = {}
         for index in indices:
             films.setdefault(str(self.samples.examples[index].video), []).append(index)
-        return [index for film in films.values() for index in film]
+        lanes: list[list[int]] = [[] for _ in range(self.lanes)]
+        for film in films.values():
+            min(lanes, key=len).extend(film)
+        turns = zip_longest(*lanes)
+        return [index for turn in turns for index in turn if index is not None]
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Sample | Damaged]:
         """Yield this process's samples of epoch ``number``, from its sample ``start`` on.

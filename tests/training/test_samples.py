@@ -156,6 +156,45 @@ def test_processes_share_an_epoch_step_by_step(examples: list[Example], processe
         assert ids(steps) == [examples[index].id for index in order[:wanted]]
 
 
+@pytest.mark.parametrize(("processes", "workers"), [(1, 1), (1, 4), (2, 3), (4, 1)])
+def test_lanes_bring_a_video_to_one_worker_and_many_videos_to_a_step(
+    processes: int, workers: int
+) -> None:
+    lanes = processes * workers
+    films = 5 * lanes
+    examples = [Example(f"{n}", Path(f"{n % films}.mp4"), "What?") for n in range(3 * films)]
+    order = SampleLoader(sample_set(examples), lanes=lanes, seed=2).order(0)
+    assert sorted(order) == list(range(len(examples)))
+    video = [examples[index].video for index in order]
+    for start in range(0, len(video), processes):
+        assert len(set(video[start : start + processes])) == processes
+    decoded = 0
+    for place in range(processes):
+        own = video[place::processes]
+        for worker in range(workers):
+            # DataLoader hands its batches to the workers in turn.
+            decoded += len(list(itertools.groupby(own[worker::workers])))
+    assert decoded == films
+
+
+def test_lanes_of_different_length_lose_nothing() -> None:
+    examples = [Example(f"{n}", Path(f"{int(n**0.5)}.mp4"), "What?") for n in range(50)]
+    for lanes in (2, 7, 60):
+        loader = SampleLoader(sample_set(examples), lanes=lanes)
+        assert sorted(loader.order(0)) == list(range(50))
+        assert loader.order(0) == loader.order(0) != loader.order(1)
+
+
+def test_videos_that_take_turns_are_remembered(examples: list[Example]) -> None:
+    architecture, processor = tiny("internvl")
+    turns = [examples[n] for n in (0, 3, 1, 4, 2, 5)]
+    for remember, decoded in ((1, 6), (2, 2)):
+        samples = Counting(turns, architecture, processor, {"frames": FRAMES}, remember=remember)
+        for index in range(len(turns)):
+            samples[index]
+        assert len(samples.decoded) == decoded
+
+
 def test_impossible_shards_are_refused(examples: list[Example]) -> None:
     for shard in ((2, 2), (-1, 2), (0, 0)):
         with pytest.raises(OptionError, match="shard"):
