@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from ..inference.engine import Engine
     from .recall import Curves
 
 _Model = Annotated[
@@ -42,6 +43,7 @@ _Quiet = Annotated[bool, typer.Option("--quiet", help="No progress display.")]
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     app.command()(recall)
+    app.command()(show)
 
 
 def recall(
@@ -140,6 +142,127 @@ def recall(
             )
         _show_curves(curves, preset.method["layer"], selector)
         console.print(f"\n{out / 'recall.png'}", markup=False, highlight=False)
+
+
+def show(
+    video: Annotated[Path, typer.Argument(help="A video file.", show_default=False)],
+    question: Annotated[str, typer.Argument(help="What to ask about it.", show_default=False)],
+    model: _Model = None,
+    family: _Family = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(help="Layer to read, from 0; default: the preset's.", show_default=False),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help='Layers to compare, such as 0,2,4, or "all"; default: six, evenly spaced.',
+            show_default=False,
+        ),
+    ] = None,
+    pictures: Annotated[int, typer.Option(help="Frames to show.", min=1, max=24)] = 6,
+    embeddings: Annotated[
+        bool, typer.Option(help="Also lay out the visual tokens by PCA and t-SNE.")
+    ] = True,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the pictures; default: VIDEO-seen.", show_default=False),
+    ] = None,
+    selector: _Selector = None,
+    budget: Annotated[int | None, typer.Option(help="Visual tokens that may stay.")] = None,
+    aggregation: Annotated[
+        str | None, typer.Option(help="max or mean, over heads and asking tokens.")
+    ] = None,
+    frames_per_set: Annotated[int | None, typer.Option(help="Most frames of a set.")] = None,
+    query: Annotated[str | None, typer.Option(help="Which text tokens ask: all or last.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Pictures a second to look at.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Pictures to look at, instead of --fps.")
+    ] = None,
+    min_pixels: Annotated[int | None, typer.Option(help="Least pixels of a picture.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="Most pixels of a picture.")] = None,
+    dtype: _Dtype = "auto",
+    device: _Device = None,
+    device_map: _DeviceMap = None,
+    attn: _Attention = None,
+    quiet: _Quiet = False,
+) -> None:
+    """Show where QUESTION looks in VIDEO: heat maps by layer, a timeline, embeddings.
+
+    Writes PNG files and index.html, one page with all of them.
+    """
+    from transformers.utils import logging as logging_of_transformers
+
+    from ..inference.apply import method_from
+    from ..inference.methods import FlexSelect
+    from ..inference.policy import check_sampling
+    from ..inference.registry import load_model, load_processor
+    from ..inference.session import check_question, open_video
+    from ..inference.terminal import out as console
+    from ..inference.terminal import progress_bars, user_errors
+    from ..inference.video import probe
+    from .extras import need_matplotlib, need_sklearn
+    from .layers import look
+    from .showing import write_pictures
+
+    with user_errors():
+        need_matplotlib()
+        if embeddings:
+            need_sklearn()
+        check_question(question)
+        probe(video)
+        given = {
+            "selector": selector,
+            "budget": budget,
+            "layer": layer,
+            "aggregation": aggregation,
+            "frames_per_set": frames_per_set,
+            "query": query,
+        }
+        method = method_from(FlexSelect, {k: v for k, v in given.items() if v is not None})
+        sampling = check_sampling(
+            {"fps": fps, "frames": frames, "min_pixels": min_pixels, "max_pixels": max_pixels}
+        )
+        folder = model_folder(model, family)
+        logging_of_transformers.disable_progress_bar()
+        with progress_bars(quiet) as progress:
+            progress("load", 0, 1)
+            processor = load_processor(folder)
+            loaded = load_model(folder, dtype, device, device_map, attn)
+            progress("load", 1, 1)
+            opened = open_video(
+                loaded, processor, video, method=method, progress=progress, **sampling
+            )
+            seen = look(
+                opened,
+                question,
+                _layer_list(layers, opened.engine),
+                states=embeddings,
+                progress=progress,
+            )
+            target = out or video.with_name(f"{video.stem}-seen")
+            written = write_pictures(
+                seen, target, pictures=pictures, embeddings=embeddings, progress=progress
+            )
+        for path in written:
+            console.print(str(path), markup=False, highlight=False)
+
+
+def _layer_list(text: str | None, engine: Engine) -> list[int] | None:
+    """Read the layers of ``--layers``; None where it is not given."""
+    from ..core.errors import OptionError
+
+    if text is None:
+        return None
+    if text == "all":
+        scorer = engine.method.encodes_for or engine.architecture
+        return list(range(scorer.num_layers))
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise OptionError(
+            f'--layers must be whole numbers with commas between, or "all", got {text!r}.'
+        ) from error
 
 
 def model_folder(model: str | None, family: str | None) -> str:

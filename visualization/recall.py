@@ -21,9 +21,10 @@ from ..core.metrics import precision_at_k, recall_at_k
 from ..core.relevance import Aggregation
 from ..inference.features import Progress
 from ..inference.methods import FlexSelect
-from ..inference.scoring import score_layers, split_prompt
+from ..inference.scoring import score_layers
 from ..inference.session import Video
 from ..testbed.videos import VideoQuestion, replace_file
+from .asked import ask_layers
 from .needles import needle_tokens
 
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
@@ -119,36 +120,21 @@ def measure(
     layer. Without any needle token or with a budget that covers everything, only ``left_out``.
     """
     engine = video.engine
-    method = engine.method
-    assert isinstance(method, FlexSelect)
-    assert method.frames_per_set is not None
-    encoded = video.encoded(
-        [
-            {
-                "role": "user",
-                "content": [{"type": "video"}, {"type": "text", "text": question.text}],
-            }
-        ],
-        0,
-    )
+    asked = ask_layers(video, question.text)
     needle = needle_tokens(video, question)
     if not bool(needle.any()):
         return {"left_out": "the needle is in no picture that was looked at"}
-    budget = method.quota(encoded, engine.architecture)
+    method = engine.method
+    assert isinstance(method, FlexSelect)
+    budget = method.quota(asked.encoded, engine.architecture)
     if budget >= len(needle):
         return {"left_out": f"the budget of {budget} covers all {len(needle)} visual tokens"}
-    prompt, features = encoded.prompt, encoded.features.model
-    scorer: Any = engine.architecture
-    if method.selector is not None:
-        assert encoded.features.selector is not None
-        scorer, features = method.selector, encoded.features.selector
-        prompt = scorer.localise(prompt)
     scores = score_layers(
-        prompt,
-        split_prompt(prompt, scorer, method.frames_per_set, method.query == "last"),
-        features,
-        scorer,
-        layers=range(scorer.num_layers),
+        asked.prompt,
+        asked.sets,
+        asked.features,
+        asked.scorer,
+        layers=range(asked.num_layers),
         aggregations=AGGREGATIONS,
         sets_per_batch=method.sets_per_batch,
         progress=progress,
@@ -156,7 +142,7 @@ def measure(
     ks = {"budget": budget, "frame": len(needle) // video.clip.frames}
 
     def every_layer(count: Any, aggregation: Aggregation, k: int) -> list[float]:
-        return [count(scores[i, aggregation], needle, k) for i in range(scorer.num_layers)]
+        return [count(scores[i, aggregation], needle, k) for i in range(asked.num_layers)]
 
     return {
         "ks": ks,
