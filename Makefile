@@ -31,7 +31,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export FLEXSELECT_SHARED
 
-.PHONY: help install test lint pytest format fixtures eval clean
+.PHONY: help install test lint pytest format fixtures eval docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,10 @@ eval: install ## compare methods on benchmarks; MODEL= CKPT= TASKS= METHODS= SEL
 		$(call option,budget,BUDGET) $(call option,layer,LAYER) $(call option,frames,FRAMES) \
 		$(call option,fps,FPS) $(call option,gpus,GPUS) $(call option,limit,LIMIT) \
 		$(call option,include,INCLUDE) $(ARGS))
+
+docs: install ## build the documentation into build/site, warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "build/site/index.html"
 
 clean: ## remove caches and build outputs; .venv stays
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -279,7 +279,7 @@ _HEAD = f"""\
 
 The reference's published figures, and ours beside them: accuracy in percent, ours with how far its
 95 % interval reaches. A cell is empty until somebody has run it; below each table stand the
-commands that fill its rows.
+commands that fill its rows. Each of them needs the hub and a GPU.
 
 Published: {SOURCE}.
 Every cell of that table for these models was found there; none is from memory.
