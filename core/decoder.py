@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError, OptionError, UnsupportedModelError
 
+#: Bytes of hidden states that are normed at a time at a reference layer.
+_BLOCK_BYTES = {"cpu": 16 << 20, "other": 256 << 20}
+
 
 @dataclass(frozen=True, eq=False)
 class LayerStates:
@@ -112,16 +115,27 @@ def layer_states(
 def _query_and_key(
     block: Any, hidden: Tensor, cos_sin: tuple[Tensor, Tensor], query_rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Run the norm and the query and key projections of one layer, and rotate."""
+    """Run the norm and the query and key projections of one layer, and rotate.
+
+    Queries are made of ``query_rows`` alone. Keys are made a block of tokens at a time: a norm
+    needs several copies of what it reads, which is as wide as the model, and a key is narrow.
+    """
     attention = block.self_attn
-    normed = block.input_layernorm(hidden)
-    cos, sin = (part.to(normed.device)[:, None] for part in cos_sin)
-    rows = query_rows.to(normed.device)
-    query = _heads(attention.q_proj(normed[:, rows]), attention.head_dim)
-    key = _heads(attention.k_proj(normed), attention.head_dim)
-    if hasattr(attention, "q_norm"):
-        query, key = attention.q_norm(query), attention.k_norm(key)
-    return _rotate(query, cos[:, :, rows], sin[:, :, rows]), _rotate(key, cos, sin)
+    cos, sin = (part.to(hidden.device)[:, None] for part in cos_sin)
+
+    def rotated(name: str, rows: Tensor | slice) -> Tensor:
+        project = getattr(attention, f"{name}_proj")
+        states = _heads(project(block.input_layernorm(hidden[:, rows])), attention.head_dim)
+        if hasattr(attention, f"{name}_norm"):
+            states = getattr(attention, f"{name}_norm")(states)
+        return _rotate(states, cos[:, :, rows], sin[:, :, rows])
+
+    query = rotated("q", query_rows.to(hidden.device))
+    sets, tokens, width = hidden.shape
+    limit = _BLOCK_BYTES["cpu" if hidden.device.type == "cpu" else "other"]
+    step = max(1, limit // (sets * width * hidden.element_size()))
+    keys = [rotated("k", slice(start, start + step)) for start in range(0, tokens, step)]
+    return query, keys[0] if len(keys) == 1 else torch.cat(keys, 2)
 
 
 def forget_length(decoder: Any) -> None:

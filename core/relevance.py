@@ -86,12 +86,15 @@ def relevance(
         held = _BLOCK_BYTES["cpu" if query.device.type == "cpu" else "other"]
         block_rows = max(16, held // (4 * sets * kv_heads * tokens))
 
+    # A gradient needs the scores as they were; without one they are written over.
+    learning = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     reduced: Tensor | None = None
     for start in range(0, rows.shape[2], block_rows):
         scores = rows[:, :, start : start + block_rows] @ keys
         ahead = late > sees[start : start + block_rows]
         scores[..., hidden_from:].masked_fill_(ahead, float("-inf"))
-        log_weights = scores[..., first:last] - scores.logsumexp(-1, keepdim=True)
+        total, log_weights = scores.logsumexp(-1, keepdim=True), scores[..., first:last]
+        log_weights = log_weights - total if learning else log_weights.sub_(total)
         if aggregation == "max":
             part = log_weights.amax((1, 2))
             reduced = part if reduced is None else torch.maximum(reduced, part)

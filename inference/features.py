@@ -77,8 +77,7 @@ def encode(
     progress : called with ("encode", frames done, ``total``).
     total : frames to come, for the progress display.
     """
-    ours: list[Tensor] = []
-    theirs: list[Tensor] = []
+    ours, theirs = _HostCopies(), _HostCopies()
     done = 0
     for pixels in chunks:
         start = 0
@@ -86,9 +85,9 @@ def encode(
             stop = min(start + frames_per_chunk, pixels.clip.frames)
             try:
                 model, extra = architecture.encode(pixels.frames(start, stop), selector)
-                ours.append(model.cpu())
+                ours.add(model)
                 if extra is not None:
-                    theirs.append(extra.cpu())
+                    theirs.add(extra)
             except torch.OutOfMemoryError as error:
                 if stop - start == 1:
                     raise FlexSelectError(
@@ -112,9 +111,10 @@ def encode(
             start = stop
             if progress is not None:
                 progress("encode", done, total)
-    if not ours:
+    parts, extras = ours.arrived(), theirs.arrived()
+    if not parts:
         raise FlexSelectError("There was no frame to encode.")
-    return Features(_joined(ours), _joined(theirs) if theirs else None)
+    return Features(_joined(parts), _joined(extras) if extras else None)
 
 
 def assemble(
@@ -149,6 +149,46 @@ def assemble(
     wanted = place[rows[here]]
     seen = features.index_select(0, wanted.to(features.device)).to(embeds.device, embeds.dtype)
     return embeds.index_copy(0, here.nonzero()[:, 0].to(embeds.device), seen)
+
+
+class _HostCopies:
+    """Tensors on their way to the host: the latest travels while the device works on the next.
+
+    Page-locked memory, which a device can write to by itself, is held for one chunk only.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+        self._travelling: tuple[Tensor, Callable[[], None]] | None = None
+
+    def add(self, part: Tensor) -> None:
+        """Send a tensor on its way, and take in the one before it."""
+        if part.device.type != "cuda":
+            self._parts.append(part.cpu())
+            return
+        sent = _send(part)
+        self._take_in()
+        self._travelling = sent
+
+    def arrived(self) -> list[Tensor]:
+        """Return all tensors, on the host, in the order they were added."""
+        self._take_in()
+        return self._parts
+
+    def _take_in(self) -> None:
+        if self._travelling is not None:
+            locked, wait = self._travelling
+            wait()
+            self._parts.append(locked.clone())
+            self._travelling = None
+
+
+def _send(part: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """Begin a copy to page-locked memory; return that, and what waits until the copy is whole."""
+    locked = torch.empty_like(part, device="cpu", pin_memory=True)
+    locked.copy_(part, non_blocking=True)
+    copied = torch.cuda.current_stream(part.device).record_event()
+    return locked, copied.synchronize
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

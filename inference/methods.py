@@ -25,6 +25,7 @@ from ..core.relevance import check_aggregation
 from ..core.selection import Selection, select_from_sets
 from .features import Encoded, Progress
 from .scoring import score, split_prompt
+from .sharing import Share
 
 Positions = Literal["original", "compact"]
 Query = Literal["all", "last"]
@@ -229,6 +230,9 @@ class FlexSelect(Budgeted):
     query : which text asks: ``"all"`` after the video, or only the ``"last"`` token.
     frames_per_set : most frames of a set.
     sets_per_batch : sets scored in one pass; default: as many as fill the device.
+    share_sets : the processes of ``torch.distributed``, all asked the same, score a part of the
+        sets each and exchange what they keep. All keep what one process would; scores of tokens
+        that are not kept are 0.
     """
 
     name = "flexselect"
@@ -239,6 +243,7 @@ class FlexSelect(Budgeted):
     query: Query | None = None
     frames_per_set: int | None = None
     sets_per_batch: int | None = None
+    share_sets: bool = False
 
     def resolve(self, architecture: Architecture, preset: Mapping[str, Any]) -> FlexSelect:
         """Fill knobs and load the selector."""
@@ -267,6 +272,7 @@ class FlexSelect(Budgeted):
         _count("frames_per_set", self.frames_per_set)
         if self.sets_per_batch is not None:
             _count("sets_per_batch", self.sets_per_batch)
+        _one_of("share_sets", self.share_sets, (True, False))
 
     @property
     def encodes_for(self) -> Any | None:
@@ -276,6 +282,8 @@ class FlexSelect(Budgeted):
     def record(self) -> dict[str, Any]:
         """Name the selector by where it came from."""
         knobs = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        # Who does the work decides nothing.
+        del knobs["share_sets"]
         if self.selector is not None:
             knobs["selector"] = getattr(self.selector, "name_or_path", "") or "in memory"
         return {"method": self.name if self.selector is None else "flexselect-lite", **knobs}
@@ -285,8 +293,7 @@ class FlexSelect(Budgeted):
     ) -> tuple[Tensor, Tensor | None]:
         """Score every set and keep its best tokens, unless the budget covers everything."""
         prompt = encoded.prompt
-        budget = self.quota(encoded, architecture)
-        if budget >= prompt.num_visual:
+        if self.quota(encoded, architecture) >= prompt.num_visual:
             return torch.arange(prompt.num_visual), None
         assert self.layer is not None
         assert self.frames_per_set is not None
@@ -301,9 +308,10 @@ class FlexSelect(Budgeted):
             scorer, features = self.selector, encoded.features.selector
             prompt = self.selector.localise(prompt)
         sets = split_prompt(prompt, scorer, self.frames_per_set, self.query == "last")
+        share = Share.of_this_process() if self.share_sets else None
         scores = score(
             prompt,
-            sets,
+            sets if share is None else share.sets(sets),
             features,
             scorer,
             layer=self.layer,
@@ -311,20 +319,24 @@ class FlexSelect(Budgeted):
             sets_per_batch=self.sets_per_batch,
             progress=progress,
         )
+        quotas: list[int] = []
+        for video, (_, budget) in enumerate(self.shares(encoded, architecture)):
+            sizes = [len(part.members) for part in sets if part.video == video]
+            quotas += set_quotas(budget, sizes)
+        if share is not None:
+            return share.winners(encoded.prompt, sets, scores, quotas)
+        kept = select_from_sets(scores, [p.members.to(scores.device) for p in sets], quotas)
+        # Checked where it has to go anyway: on the device, the check would wait for it once more.
+        scores = scores.cpu()
         if not bool(scores.isfinite().all()):
             raise FlexSelectError(
                 "Relevance is not finite: the model overflowed below its reference layer. Load it "
                 "in bfloat16 or float32 instead of float16."
             )
-        shares = self.shares(encoded, architecture)
-        quotas: list[int] = []
-        for video, (_, share) in enumerate(shares):
-            sizes = [len(part.members) for part in sets if part.video == video]
-            quotas += set_quotas(share, sizes)
-        return select_from_sets(scores, [p.members.to(scores.device) for p in sets], quotas), scores
+        return kept, scores
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise OptionError(f"{name} must be one of {list(allowed)}, got {value!r}.")
 

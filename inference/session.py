@@ -15,6 +15,7 @@ from ..core.architecture import Pixels
 from ..core.errors import OptionError, PromptError, VideoError
 from ..core.layout import Clip
 from ..core.selection import Moment, Selection
+from .ahead import ahead
 from .apply import check_decoding, count_new_tokens, is_applied
 from .engine import Engine
 from .features import FRAMES_PER_CHUNK, Encoded, Features, Progress, encode
@@ -78,7 +79,8 @@ class Video:
         neighbours that the model reads as one frame follow each other.
     report : what was decoded, and what was lost to damage.
     record : path, sampling and sizes: what decided the features.
-    seconds : time by stage of opening it: decode, encode.
+    seconds : time by stage of opening it: decode (waiting for pictures that were not ready when
+        the tower was), encode.
     """
 
     engine: Engine = field(repr=False)
@@ -294,9 +296,13 @@ def open_video(
     stamps: list[Tensor] = []
     middles: list[float] = []
 
+    def prepared() -> Iterator[tuple[Pixels, Tensor]]:
+        for pictures, times in ahead(whole_groups(stream, group)):
+            yield architecture.pixels(processor, pictures, spacing), times
+
     def chunks() -> Iterator[Pixels]:
-        for pictures, times in whole_groups(stream, group):
-            pixels = architecture.pixels(processor, pictures, spacing)
+        # Two threads work ahead of the tower: one decodes, one prepares what was decoded.
+        for pixels, times in ahead(prepared()):
             clips.append(pixels.clip)
             stamps.append(times[::group])
             middles.extend(float(part.mean()) for part in times.split(group))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model
 
+from flexselect.core import decoder
 from flexselect.core.decoder import (
     check_layer,
     device_of,
@@ -85,6 +86,23 @@ def test_weights_are_those_of_the_layers_own_attention(
     assert key.shape == (2, 2, 9, 8)
     expected = out.attentions[layer][:, :, rows][..., columns].amax((1, 2))
     torch.testing.assert_close(relevance(query, key, rows, columns), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_keys_made_in_blocks_are_the_same_keys(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine tokens, in one block and in blocks of two; no norm sees more than a block."""
+    block = build(name)
+    embeds = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))
+    positions, rows = torch.arange(9).expand(2, -1), torch.tensor([3, 6, 8])
+    widths: list[int] = []
+    norm = block.layers[1].input_layernorm
+    norm.register_forward_pre_hook(lambda _, states: widths.append(states[0].shape[1]))
+    with torch.no_grad():
+        query, key = reference_states(block, embeds, positions, 1, rows)
+        monkeypatch.setitem(decoder._BLOCK_BYTES, "cpu", 2 * (2 * 32 * 4))
+        again = reference_states(block, embeds, positions, 1, rows)
+    torch.testing.assert_close(again, (query, key), rtol=1e-6, atol=1e-6)
+    assert widths == [3, 9, 3, 2, 2, 2, 2, 1]
 
 
 def test_layers_above_are_never_run() -> None:

@@ -128,6 +128,29 @@ def test_inputs_are_not_written_to() -> None:
     assert all(torch.equal(case[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize("aggregation", ["max", "mean"])
+def test_the_gradient_is_that_of_the_plain_softmax(aggregation: Aggregation) -> None:
+    """Learning needs scores that inference may write over, so the two take different ways."""
+    case = example(tokens=20)
+    weight = torch.randn(2, len(case["columns"]), generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for blocks in (None, 16):
+        query, key = (case[name].clone().requires_grad_() for name in ("query", "key"))
+        if blocks is None:
+            repeated = key.repeat_interleave(3, 1)
+            scores = query @ repeated.mT / 4
+            ahead = torch.arange(20) > case["query_rows"][:, None]
+            weights = scores.masked_fill(ahead, float("-inf")).softmax(-1)[..., case["columns"]]
+            out = weights.amax((1, 2)) if aggregation == "max" else weights.mean((1, 2))
+        else:
+            changed = {**case, "query": query, "key": key}
+            out = relevance(**changed, aggregation=aggregation, block_rows=5)
+            torch.testing.assert_close(out.detach(), relevance(**case, aggregation=aggregation))
+        (out * weight).sum().backward()
+        gradients.append((query.grad, key.grad))
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_mean_over_every_column_sums_to_one() -> None:
     case = example()
     case["columns"] = torch.arange(50)

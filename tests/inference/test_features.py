@@ -15,6 +15,7 @@ from torch import Tensor
 from flexselect.core.architecture import Pixels
 from flexselect.core.errors import FlexSelectError
 from flexselect.core.layout import Clip
+from flexselect.inference import features
 from flexselect.inference.features import assemble, encode
 from flexselect.tests.core.handmade import make
 
@@ -120,6 +121,45 @@ def test_other_errors_are_not_swallowed() -> None:
 
     with pytest.raises(RuntimeError, match="a bug"):
         run(Broken(), [clip(0, 4)])
+
+
+class Remote(Tensor):
+    """Looks like a tensor on a GPU."""
+
+    @property
+    def device(self) -> Any:  # type: ignore[override]
+        return torch.device("cuda")
+
+
+def test_features_that_travel_are_read_after_they_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy is filled only when it is waited for, and never held longer than the next one."""
+    travelling: list[int] = []
+    sent: list[int] = []
+
+    def send(part: Tensor) -> Any:
+        locked = torch.full(part.shape, float("nan"))
+        number = len(sent)
+        sent.append(number)
+        travelling.append(number)
+        assert len(travelling) <= 3, "two of the model, or one and two of the selector"
+
+        def wait() -> None:
+            locked.copy_(part.as_subclass(Tensor))
+            travelling.remove(number)
+
+        return locked, wait
+
+    class Far(Tower):
+        def encode(self, pixels: Pixels, selector: Any | None) -> Any:
+            model, extra = super().encode(pixels, selector)
+            return model.as_subclass(Remote), None if extra is None else extra.as_subclass(Remote)
+
+    monkeypatch.setattr(features, "_send", send)
+    found = run(Far(), [clip(0, 5), clip(5, 4)], object(), 2)
+    assert torch.equal(found.model, expected(9))
+    assert torch.equal(found.selector, -expected(9))
+    assert len(sent) == 10
+    assert not travelling
 
 
 def test_nothing_to_encode() -> None:
