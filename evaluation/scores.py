@@ -83,7 +83,8 @@ def task_row(
     scores = [sample["score"] for sample in samples if sample["score"] is not None]
     asked = [sample for sample in samples if not sample["error"]]
     stages = {
-        stage: _mean([sample["seconds"].get(stage, 0.0) for sample in asked]) for stage in STAGES
+        stage: fmean([sample["seconds"].get(stage, 0.0) for sample in asked]) if asked else 0.0
+        for stage in STAGES
     }
     spared = sum(
         sample["seconds"].get("decode", 0.0) + sample["seconds"].get("encode", 0.0)
@@ -101,11 +102,34 @@ def task_row(
         "stderr": _error(results, metric, scores),
         "visual_tokens": _mean([sample["visual_tokens"] for sample in asked]),
         "kept_tokens": _mean([sample["kept_tokens"] for sample in asked]),
-        "ttft_s": sum(stages[stage] for stage in TO_FIRST_TOKEN),
+        "ttft_s": sum(stages[stage] for stage in TO_FIRST_TOKEN) if asked else None,
         "stages": stages,
         "opened": sum(sample["opened"] for sample in samples),
         "spared_s": spared,
         "note": None,
+    }
+
+
+def group_row(group: str, members: Sequence[Row]) -> Row:
+    """Sum up the tasks of a group: every task counts alike in accuracy, every question in the rest.
+
+    ``members`` are rows of one method.
+    """
+    first = members[0]
+    known = [row for row in members if row["accuracy"] is not None]
+    errors = [row["stderr"] for row in known if row["stderr"] is not None]
+    stages = {stage: _weighed(members, ("stages", stage)) for stage in STAGES}
+    means = ("frames", "visual_tokens", "kept_tokens", "ttft_s")
+    sums = ("samples", "failed", "opened", "spared_s")
+    return {
+        **first,
+        "task": group,
+        "metric": f"mean of {len(members)} tasks",
+        "accuracy": _mean([row["accuracy"] for row in known]),
+        "stderr": math.sqrt(sum(e * e for e in errors)) / len(errors) if errors else None,
+        **{name: _weighed(members, (name,)) for name in means},
+        **{name: sum(row[name] for row in members) for name in sums},
+        "stages": stages,
     }
 
 
@@ -159,6 +183,19 @@ def _error(results: Mapping[str, Any], metric: str, scores: Sequence[float]) -> 
         if value is not None and not math.isnan(value):
             return value
     return stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
+
+
+def _weighed(rows: Sequence[Row], path: Sequence[str]) -> float | None:
+    """Mean over the questions of several rows; ``path`` leads to the value of a row."""
+    total, count = 0.0, 0
+    for row in rows:
+        value: Any = row
+        for name in path:
+            value = value[name]
+        asked = row["samples"] - row["failed"]
+        if asked and value is not None:
+            total, count = total + value * asked, count + asked
+    return total / count if count else None
 
 
 def _mean(values: Sequence[float]) -> float | None:

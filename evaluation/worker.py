@@ -32,7 +32,7 @@ from .model import CLASSES, FlexSelectModel, Loaded
 from .needle import TASKS, prepare
 from .plan import SAMPLES, Plan, load_plan, write_json, write_text
 from .prompts import give_prompt
-from .scores import task_row, task_samples
+from .scores import group_row, task_row, task_samples
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +165,10 @@ def _keep(
         own = task_samples(method, task, samples, journal, metric)
         kept += own
         rows.append(task_row(method, task, metric, own, results["results"][task]))
+    for group, members in results["group_subtasks"].items():
+        of_group = [row for row in rows if row["task"] in members]
+        if of_group:
+            rows.append(group_row(group, of_group))
     examples = {row["task"]: row["prompt"] for row in reversed(journal)}
     generation = {task: results["configs"][task].get("generation_kwargs") for task in logged}
     record = {

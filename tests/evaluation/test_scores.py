@@ -7,6 +7,7 @@ import math
 import pytest
 
 from flexselect.evaluation.scores import (
+    group_row,
     half_width,
     missing_row,
     sample_score,
@@ -108,6 +109,26 @@ def test_samples_join_what_was_scored_with_what_was_asked():
     logged = [{"doc_id": i, "target": "A", "acc": float(i == 0)} for i in (1, 0)]
     samples = task_samples("m", "t", logged, journal, "acc")
     assert [(s["doc_id"], s["answer"], s["score"]) for s in samples] == [(0, "A", 1), (1, "B", 0)]
+
+
+def test_a_group_counts_every_task_alike_in_accuracy_and_every_question_in_the_rest():
+    results = {"acc,none": 1.0, "acc_stderr_clt,none": 0.3}
+    one = task_row("full", "a", "acc", [sample(0, 1.0)], results)
+    none = [sample(i, 0.0, pictures=32) for i in range(3)]
+    three = task_row("full", "b", "acc", none, {"acc,none": 0.0, "acc_stderr_clt,none": 0.4})
+    row = group_row("g", [one, three])
+    assert (row["task"], row["accuracy"], row["samples"]) == ("g", 0.5, 4)
+    assert row["stderr"] == pytest.approx(0.25)
+    assert row["frames"] == (16 + 3 * 32) / 4
+    assert row["stages"]["decode"] == 1.0
+    assert set(row) == set(one)
+
+
+def test_a_task_without_any_usable_video_still_has_a_row():
+    row = task_row("full", "t", "acc", [sample(0, 0.0, error="gone")], {"acc,none": 0.0})
+    assert (row["failed"], row["ttft_s"], row["visual_tokens"]) == (1, None, None)
+    assert "1 of 1 without video" in cells(row)[4]
+    assert group_row("g", [row])["ttft_s"] is None
 
 
 def test_a_method_that_could_not_run_says_why():
