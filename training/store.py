@@ -112,7 +112,7 @@ class ScoreStore:
         if entry.damaged is not None:
             raise CheckpointError(
                 f"{self.folder} holds no scores of the sample {id}, which was damaged when it was "
-                f"ranked: {entry.damaged}"
+                f"ranked: {entry.damaged} Is it whole now? flexselect rank --retry ranks it."
             )
         return unpack(self._reader.read(entry))
 

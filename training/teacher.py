@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +22,11 @@ from ..core.relevance import Aggregation, check_aggregation
 from ..inference.methods import FlexSelect
 from ..inference.presets import preset_of
 from ..inference.scoring import score, split_prompt
+from .examples import Example
 from .samples import Sample
 from .store import ScoreStore, different, prompt_digest
+
+logger = logging.getLogger(__name__)
 
 #: Fields of a model's config that change without changing the model.
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
@@ -165,9 +169,29 @@ class StoredTeacher:
                 "flexselect rank with others into another folder."
             )
 
-    def missing(self, ids: list[str]) -> list[str]:
-        """Return those of ``ids`` that have no scores and were not damaged either."""
-        return [id for id in ids if id not in self.store.entries]
+    def usable(self, examples: Sequence[Example]) -> list[Example]:
+        """Return the examples that have scores; how many were damaged is logged.
+
+        Raises
+        ------
+        CheckpointError
+            Some were never ranked: better known before a long training than in its middle.
+        """
+        entries = self.store.entries
+        missing = [example.id for example in examples if example.id not in entries]
+        if missing:
+            raise CheckpointError(
+                f"{self.store.folder} holds no scores of {len(missing)} of {len(examples)} "
+                f"samples, such as {missing[0]}. Run flexselect rank with this data and the same "
+                "--out again: it adds what is missing."
+            )
+        kept = [example for example in examples if entries[example.id].damaged is None]
+        if len(kept) < len(examples):
+            logger.warning(
+                "%d samples were damaged when they were ranked and are left out.",
+                len(examples) - len(kept),
+            )
+        return kept
 
     def scores(self, sample: Sample, features: Tensor | None = None) -> Tensor:
         """Look the scores of a sample up: float32 ``(visual,)``, on the host.

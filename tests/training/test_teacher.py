@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def test_stored_scores_teach_the_same(family: str, examples: list[Example], tmp_
     stored = StoredTeacher(tmp_path)
     stored.check(architecture, layer=3, aggregation="max", frames_per_set=online.frames_per_set)
     assert (stored.layer, stored.aggregation, stored.query) == (3, "max", "all")
-    assert not stored.missing([example.id for example in examples])
+    assert stored.usable(examples) == examples
     torch.manual_seed(0)
     for sample, features in samples_of(examples, family):
         ours, theirs = online.scores(sample, features), stored.scores(sample)
@@ -148,10 +149,17 @@ def store(examples: list[Example], tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def test_a_sample_that_is_not_there_is_named(store: Path, examples: list[Example]) -> None:
+def test_a_sample_that_is_not_there_is_named(
+    store: Path, examples: list[Example], caplog: pytest.LogCaptureFixture
+) -> None:
     teacher = StoredTeacher(store)
-    known, unknown = examples[0].id, examples[4].id
-    assert teacher.missing([known, unknown, "gone-1"]) == [unknown]
+    third, unknown = examples[2].id, examples[4].id
+    damaged = Example("gone-1", Path("gone.mp4"), "What?")
+    with caplog.at_level(logging.WARNING, "flexselect"):
+        assert teacher.usable([*examples[:2], damaged]) == examples[:2]
+    assert "1 samples were damaged" in caplog.text
+    with pytest.raises(CheckpointError, match=f"no scores of 4 of 6 samples, such as {third}"):
+        teacher.usable(examples)
     sample, features = samples_of(examples[4:5], "internvl")[0]
     with pytest.raises(CheckpointError, match=f"no scores of the sample {unknown}"):
         teacher.scores(sample, features)
