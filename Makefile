@@ -31,7 +31,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export FLEXSELECT_SHARED
 
-.PHONY: help install test lint pytest format fixtures eval docs clean
+.PHONY: help install test lint pytest format fixtures eval docs bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,15 @@ eval: install ## compare methods on benchmarks; MODEL= CKPT= TASKS= METHODS= SEL
 docs: install ## build the documentation into build/site, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "build/site/index.html"
+
+# Also when the first half ends badly: the parts do not depend on it.
+bench: install ## time and memory by stage, then by part; MODEL= SHAPE=tiny|small|7b FRAMES= OUT=
+	@stages=0; \
+	$(BIN)/python scripts/bench.py --threads $(OMP_NUM_THREADS) $(strip \
+		$(call option,model,MODEL) $(call option,shape,SHAPE) $(if $(FRAMES),--frames $(FRAMES)) \
+		$(call option,out,OUT) $(ARGS)) || stages=$$?; \
+	$(BIN)/python scripts/bench.py $(strip --micro --threads $(OMP_NUM_THREADS) \
+		$(call option,out,OUT) $(filter --check,$(ARGS))) && exit $$stages
 
 clean: ## remove caches and build outputs; .venv stays
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
