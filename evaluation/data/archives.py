@@ -317,7 +317,7 @@ def _files_of_tar(
     with tarfile.open(fileobj=file, mode="r:*") as opened:
         for info in opened:
             if info.isreg():
-                yield info.name, info.size, lambda info=info: opened.extractfile(info)  # type: ignore[misc, return-value]
+                yield info.name, info.size, lambda info=info: opened.extractfile(info)  # type: ignore[misc]
 
 
 def _safe(name: str, archive: Archive | None) -> str:

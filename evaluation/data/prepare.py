@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -321,15 +322,8 @@ def _plan(
             if of == archive.name and missing(name, size)
         }
         if wanted:
-            mapping = {name: places[name] for name in wanted}
-            work.append(
-                _Step(
-                    sum(wanted.values()),
-                    lambda advance, archive=archive, mapping=mapping: unpack(
-                        archive, mapping, target, advance
-                    ),
-                )
-            )
+            run = partial(unpack, archive, {name: places[name] for name in wanted}, target)
+            work.append(_Step(sum(wanted.values()), run))
     for name, path in loose.items():
         if missing(name, path.stat().st_size):
             work.append(_place(path, below(target, places[name])))

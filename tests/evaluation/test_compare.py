@@ -57,7 +57,11 @@ def test_to_swap_the_two_is_to_turn_the_signs(pairs: list[tuple[int, int]]) -> N
     assert one.difference == -other.difference
     assert (one.gained, one.lost, one.p) == (other.lost, other.gained, other.p)
     assert one.exact
-    if one.low is not None and one.high is not None:
+    if None not in (one.low, one.high):
+        assert one.low is not None
+        assert one.high is not None
+        assert other.low is not None
+        assert other.high is not None
         assert one.low <= one.difference <= one.high
         assert (one.low, one.high) == pytest.approx((-other.high, -other.low), abs=0.15)
 

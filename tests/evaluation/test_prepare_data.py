@@ -406,7 +406,8 @@ def test_a_damaged_zip_leaves_no_half_video(damage: str, tmp_path: Path) -> None
     content = bytearray(path.read_bytes())
     if damage == "flip":
         content[200] ^= 0xFF
-    path.write_bytes({"cut": content[:-40], "none of it": b"<html>"}.get(damage, content))
+    damaged = {"cut": content[:-40], "none of it": bytearray(b"<html>")}.get(damage, content)
+    path.write_bytes(damaged)
     report = prepare(BENCHMARKS["videomme"], tmp_path / "root", source)
     assert "videos_chunked_01.zip is damaged or not whole" in report.damaged[0]
     assert report.tasks["videomme"].missing == ["data/Ab_3-xYz01Q.mp4"]

@@ -87,10 +87,10 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
     wanted = dict(word.split("=", 1) for word in shlex.split(command) if "=" in word)
     words = shlex.split(command)[1:]
     assert words[:2] == ["make", "eval"]
-    done = subprocess.run(
+    made = subprocess.run(
         ["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    lines = done.stdout.replace("\\\n", " ").splitlines()
+    lines = made.stdout.replace("\\\n", " ").splitlines()
     [line] = [line for line in lines if "flexselect eval" in line]
     plans: list[Any] = []
 
@@ -116,7 +116,8 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
 
 def run_of(folder: Path, checkpoint: str, rows: list[dict[str, Any]], **changed: Any) -> Path:
     folder.mkdir(parents=True)
-    plan = {"family": "qwen2_5_vl", "checkpoint": checkpoint, "tasks": [], "limit": None}
+    plan: dict[str, Any] = {"family": "qwen2_5_vl", "checkpoint": checkpoint}
+    plan.update(tasks=[], limit=None)
     plan["methods"] = {LITE: {"selector": "/home/me/selectors/mine"}}
     record = {
         "plan": {**plan, **changed, "include": ["/home/me/tasks"]},
