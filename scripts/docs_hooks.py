@@ -1,7 +1,7 @@
 """Let the documentation find the package, whose folder is the repository root.
 
 The tool that reads docstrings looks through a package's whole folder. The root also holds .venv, so
-it gets a copy of the modules alone, in ``build/docs``.
+it gets a copy of the modules alone, in ``build/.docs``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def on_startup(**_: object) -> None:
     """Copy the modules before anything reads the configuration's paths."""
-    copy_modules(ROOT, ROOT / "build" / "docs" / "flexselect")
+    copy_modules(ROOT, ROOT / "build" / ".docs" / "flexselect")
 
 
 def copy_modules(root: Path, target: Path) -> None:

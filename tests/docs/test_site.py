@@ -85,4 +85,4 @@ def test_all_that_is_public_is_on_a_page(site: Path) -> None:
 def test_formulas_are_laid_out_by_the_browser(site: Path) -> None:
     text = (site / "method.html").read_text()
     assert text.count('<math display="block">') == 4
-    assert text.count("<math") == text.count("</math>")
+    assert text.count("<math") == text.count("</math>") == 4

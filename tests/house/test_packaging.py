@@ -132,6 +132,7 @@ def test_everything_imported_is_a_declared_dependency() -> None:
     }
     distributions = {
         "PIL": "pillow",
+        "griffe": "griffelib",
         "yaml": "pyyaml",
         "lmms_eval": "lmms-eval",
         "sklearn": "scikit-learn",
