@@ -34,15 +34,8 @@ from .check import Score, check_clips
 from .locate import FAMILIES, FOLDER, checkpoint_folder
 from .models import Family, family_of
 from .questions import RETRIEVAL
-from .recipe import (
-    Recipe,
-    build_pool,
-    default_recipe,
-    language_optimizer,
-    student_recipe,
-    train_language,
-    train_tower,
-)
+from .recipe import Recipe, default_recipe, student_recipe
+from .steps import build_pool, language_optimizer, train_language, train_tower
 
 logger = logging.getLogger(__name__)
 

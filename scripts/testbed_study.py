@@ -1,0 +1,362 @@
+r"""Measure selection on the testbed: ``python -m flexselect.scripts.testbed_study``.
+
+    python -m flexselect.scripts.testbed_study --part knobs --family internvl
+    python -m flexselect.scripts.testbed_study --part table
+    python -m flexselect.scripts.testbed_study --report
+
+*knobs* looks at layers and knobs on validation videos, from which the presets of the tiny models
+are chosen; *table* measures methods and lengths on test videos with those presets. Videos are
+rendered as files and go through ``open_video``, methods and presets like anybody's; a video is
+encoded once and asked several questions by every method. Results gather in one JSON file, cell by
+cell and video by video: stopped, the same command goes on where it was. ``--report`` writes them
+as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+import flexselect
+from flexselect.core.errors import CheckpointError, FlexSelectError
+from flexselect.core.metrics import recall_at_k
+from flexselect.inference.engine import Engine
+from flexselect.inference.methods import FlexSelect, Full, Method, Random, Uniform
+from flexselect.scripts.testbed_tables import write_report
+from flexselect.testbed.locate import FAMILIES, checkpoint_folder, selector_folder
+from flexselect.testbed.models import family_of
+from flexselect.testbed.needles import needle_mask
+from flexselect.testbed.questions import RETRIEVAL, TASKS
+from flexselect.testbed.videos import NeedleVideo, VideoQuestion, make_needle_video
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Tokens an answer may have: the word and its end.
+MAX_NEW_TOKENS = 3
+LENGTHS = (512, 1024, 2048)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Videos that are asked together: their split and length, and what is asked of each."""
+
+    split: str
+    frames: int
+    count: int
+    tasks: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Name in keys and of the folder."""
+        kind = "retrieval" if set(self.tasks) <= set(RETRIEVAL) else "weak"
+        return f"{self.split}/{self.frames}/{kind}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of a table: a method at work on some clips.
+
+    ``control`` "shuffled" asks each video what was meant for the next; ``ranks_only`` measures
+    recall without an answer; ``lite`` ranks with the family's Lite selector; ``limit`` looks only
+    at the first videos, for what takes too long.
+    """
+
+    name: str
+    clips: Clips
+    method: Method
+    control: str | None = None
+    ranks_only: bool = False
+    lite: bool = False
+    limit: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Name in the results."""
+        return f"{self.clips.key}/{self.name}"
+
+    @property
+    def count(self) -> int:
+        """Videos to look at."""
+        return self.clips.count if self.limit is None else self.limit
+
+
+@dataclass
+class Tally:
+    """What has been counted of a cell so far."""
+
+    knobs: dict[str, Any] = field(default_factory=dict)
+    videos: int = 0
+    asked: int = 0
+    right: int = 0
+    by_task: dict[str, list[int]] = field(default_factory=dict)
+    visual: int = 0
+    kept: int = 0
+    recall: float = 0.0
+    kept_needle: float = 0.0
+    first_moment: int = 0
+    five_moments: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def table_cells(preset: Mapping[str, Any], tokens_per_frame: int) -> list[Cell]:
+    """List the cells of the test table; beside the preset's budget, a sixteenth of the tokens."""
+    short = Clips("test", 16, 70, RETRIEVAL)
+    weak = Clips("test", 16, 70, TASKS[3:])
+    cells = [
+        Cell("all tokens", short, Full()),
+        Cell("all tokens, another video's question", short, Full(), control="shuffled"),
+        Cell("all tokens", weak, Full()),
+    ]
+    for frames in LENGTHS:
+        clips = Clips("test", frames, 35, RETRIEVAL * 2)
+        # Attention over every token of 2,048 frames takes a core half a minute a question.
+        limit = 12 if frames * tokens_per_frame > 8192 else None
+        cells += [
+            Cell("all tokens", clips, Full(), limit=limit),
+            Cell("uniform frames", clips, Uniform()),
+            Cell("random tokens", clips, Random()),
+            Cell("training-free", clips, FlexSelect()),
+            Cell("Lite", clips, FlexSelect(), lite=True),
+        ]
+        sixteenth = frames * tokens_per_frame // 16
+        if sixteenth != preset["budget"]:
+            cells += [
+                Cell("training-free, 1/16", clips, FlexSelect(budget=sixteenth)),
+                Cell("Lite, 1/16", clips, FlexSelect(budget=sixteenth), lite=True),
+            ]
+        if frames == LENGTHS[0]:
+            asked = "training-free, another video's question"
+            cells.append(Cell(asked, clips, FlexSelect(), control="shuffled"))
+    weak = Clips("test", LENGTHS[0], 70, TASKS[3:])
+    cells += [Cell("all tokens", weak, Full()), Cell("training-free", weak, FlexSelect())]
+    return cells
+
+
+def layer_cells(layers: int, split: str, count: int) -> list[Cell]:
+    """List what recall each layer has; nothing is answered."""
+    clips = Clips(split, LENGTHS[0], count, RETRIEVAL * 2)
+    asking = [("max", "all"), ("mean", "all"), ("max", "last")]
+    return [
+        Cell(
+            f"layer {layer}, {aggregation} of {query}",
+            clips,
+            FlexSelect(layer=layer, aggregation=aggregation, query=query),  # type: ignore[arg-type]
+            ranks_only=True,
+        )
+        for aggregation, query in (asking if split == "validation" else [(None, None)])
+        for layer in range(layers)
+    ]
+
+
+def knob_cells(preset: Mapping[str, Any], count: int) -> list[Cell]:
+    """List the knobs one by one around the preset, on validation videos."""
+    clips = Clips("validation", LENGTHS[0], count, RETRIEVAL * 2)
+    budget = int(preset["budget"])
+    tries: list[tuple[str, list[Any]]] = [
+        ("positions", ["original", "compact"]),
+        ("query", ["all", "last"]),
+        ("aggregation", ["max", "mean"]),
+        ("budget", sorted({16, 32, 64, 96, 128, 192, 256, budget})),
+        ("frames_per_set", [4, 8, 16, 32, 64]),
+    ]
+    return [
+        Cell(f"{knob} {value}", clips, FlexSelect(**{knob: value}))
+        for knob, values in tries
+        for value in values
+    ]
+
+
+class Study:
+    """Runs cells of one family and keeps their tallies in a JSON file."""
+
+    def __init__(self, family: str, folder: Path, results: Path, videos: Path) -> None:
+        self.family = family_of(family)
+        self.model = flexselect.load_model(folder, device="cpu")
+        self.processor = flexselect.load_processor(folder)
+        self.engine = Engine(self.model, Full())
+        self.results, self.videos = results, videos
+        weights = (folder / "model.safetensors").read_bytes()
+        self.checksum = f"{zlib.crc32(weights):08x}"
+        try:
+            self.selector = flexselect.load_selector(selector_folder(family), self.model)
+        except CheckpointError as error:
+            logger.warning("Lite cells are left out: %s", error)
+            self.selector = None
+        self.tallies = {
+            key: Tally(**row) for key, row in read_results(results).get(family, {}).items()
+        }
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Visual tokens a picture of the video costs."""
+        _, ranked = self.family.frame_slots()
+        return sum(ranked) // self.family.pictures_per_frame
+
+    @property
+    def preset(self) -> Mapping[str, Any]:
+        """Knobs of the model's preset."""
+        return self.engine.preset.method
+
+    def run(self, cells: Sequence[Cell], title: str) -> None:
+        """Fill the cells; those that share their videos share decoding and encoding."""
+        groups: dict[Clips, list[Cell]] = {}
+        for cell in cells:
+            if not cell.lite or self.selector is not None:
+                groups.setdefault(cell.clips, []).append(cell)
+        for clips, members in groups.items():
+            engines = {cell: self._engine(cell) for cell in members}
+            for cell in members:
+                knobs = {**engines[cell].method.record(), "checkpoint": self.checksum}
+                # Another preset or checkpoint: what was counted before is void.
+                if self.tallies.get(cell.key, Tally()).knobs != knobs:
+                    self.tallies[cell.key] = Tally(knobs=knobs)
+            waiting = [c for c in members if self.tallies[c.key].videos < c.count]
+            if waiting:
+                self._run_clips(clips, {cell: engines[cell] for cell in waiting}, title)
+
+    def _engine(self, cell: Cell) -> Engine:
+        method = replace(cell.method, selector=self.selector) if cell.lite else cell.method  # type: ignore[call-arg]
+        return Engine(self.model, method)
+
+    def _run_clips(self, clips: Clips, engines: dict[Cell, Engine], title: str) -> None:
+        start = min(self.tallies[cell.key].videos for cell in engines)
+        stop = max(cell.count for cell in engines)
+        label = f"{self.family.name} {title} {clips.key}"
+        for index in _progress(range(start, stop), label):
+            shown, following = self._video(clips, index), self._video(clips, index + 1)
+            lite = any(cell.lite for cell in engines)
+            opened = flexselect.open_video(
+                self.model,
+                self.processor,
+                shown.path,
+                method=FlexSelect(selector=self.selector) if lite else Full(),
+                frames=clips.frames,
+            )
+            for cell, engine in engines.items():
+                tally = self.tallies[cell.key]
+                if not tally.videos <= index < cell.count:
+                    continue
+                source = following if cell.control == "shuffled" else shown
+                for question in source.questions:
+                    self._ask(replace(opened, engine=engine), cell, question, tally)
+                tally.videos = index + 1
+            self._save()
+
+    def _video(self, clips: Clips, index: int) -> NeedleVideo:
+        return make_needle_video(
+            self.videos / clips.key / f"{index:05d}.mp4",
+            split=clips.split,
+            index=index,
+            frames=clips.frames,
+            tasks=clips.tasks,
+        )
+
+    def _ask(self, video: Any, cell: Cell, question: VideoQuestion, tally: Tally) -> None:
+        tally.asked += 1
+        if cell.ranks_only:
+            content = [{"type": "video"}, {"type": "text", "text": question.text}]
+            encoded = video.encoded([{"role": "user", "content": content}], 0)
+            selection = video.engine.select(encoded)
+        else:
+            answer = video.ask(question.text, max_new_tokens=MAX_NEW_TOKENS)
+            selection = answer.selection
+            right = answer.text == question.answer
+            tally.right += right
+            task = tally.by_task.setdefault(question.task, [0, 0])
+            task[0] += right
+            task[1] += 1
+            for stage, seconds in answer.seconds.items():
+                tally.seconds[stage] = tally.seconds.get(stage, 0.0) + seconds
+        tally.visual += selection.num_visual
+        tally.kept += len(selection.kept)
+        if cell.control is not None:
+            return
+        needle = needle_mask(self.family, question, range(cell.clips.frames))
+        tally.kept_needle += float(needle[selection.kept].sum() / needle.sum())
+        if selection.scores is not None:
+            tally.recall += recall_at_k(selection.scores, needle, len(selection.kept))
+            at = question.needles[0].frames[0] / 2 + 1e-3
+            hits = [m.start <= at <= m.end for m in selection.moments(5)]
+            tally.first_moment += bool(hits[:1] and hits[0])
+            tally.five_moments += any(hits)
+
+    def _save(self) -> None:
+        everything = read_results(self.results)
+        mine = everything.setdefault(self.family.name, {})
+        mine |= {key: vars(tally) for key, tally in self.tallies.items() if tally.videos}
+        write_json(self.results, everything)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read the tallies of every family, none where there is no file yet."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    os.replace(partial, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    torch.set_num_threads(options.threads)
+    try:
+        for family in options.family if options.part else []:
+            folder = options.model or checkpoint_folder(family)
+            study = Study(family, folder, options.results, options.videos)
+            if options.part == "knobs":
+                layers = study.engine.architecture.num_layers
+                study.run(layer_cells(layers, "validation", options.count or 16), "layers")
+                study.run(knob_cells(study.preset, options.count or 20), "knobs")
+            else:
+                layers = study.engine.architecture.num_layers
+                study.run(table_cells(study.preset, study.tokens_per_frame), "table")
+                study.run(layer_cells(layers, "test", 35), "layers")
+        if options.report:
+            write_report(read_results(options.results), options.report)
+    except FlexSelectError as error:
+        logger.error("error: %s", error)
+        return 2
+    return 0
+
+
+def _progress(indices: range, label: str) -> Iterator[int]:
+    yield from track(indices, description=label, console=Console(stderr=True))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flexselect.scripts.testbed_study",
+        description="Measure selection on needle videos with the tiny models.",
+    )
+    parser.add_argument("--part", choices=("knobs", "table"), help="what to measure")
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--model", type=Path, help="another checkpoint of the family")
+    parser.add_argument("--count", type=int, help="validation videos a cell of --part knobs")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "testbed.json")
+    parser.add_argument("--videos", type=Path, default=Path("outputs") / "testbed-videos")
+    parser.add_argument("--report", type=Path, help="Markdown file to write the tables to")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
