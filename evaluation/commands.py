@@ -76,7 +76,7 @@ def evaluate(
         from .defaults import make_plan
         from .plan import TABLE, choose_folder
         from .run import perform
-        from .tables import EXPLANATION, terminal
+        from .tables import EXPLANATION, remarks, terminal
 
         shared: dict[str, Any] = {
             "frames": frames,
@@ -109,11 +109,14 @@ def evaluate(
             markup=False,
             highlight=False,
         )
-        for method, reason in plan.missing.items():
-            err.print(f"{method} is left out: {reason}", style="yellow", markup=False)
-        rows = perform(folder, plan)
+        try:
+            rows = perform(folder, plan)
+        except KeyboardInterrupt:
+            err.print("Interrupted. The same command goes on where it stopped.", style="yellow")
+            raise typer.Exit(130) from None
         out.print(terminal(rows, f"{plan.family}, {plan.checkpoint}"))
-        out.print(EXPLANATION, style="dim", markup=False)
+        for remark in (EXPLANATION, *remarks(rows)):
+            out.print(remark, style="dim", markup=False, highlight=False)
         out.print(f"{folder / TABLE}", markup=False, highlight=False)
 
 

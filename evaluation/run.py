@@ -107,12 +107,10 @@ def _notes(folder: Path, rows: list[Row], seconds: float) -> list[str]:
     record = read_json(folder / RECORD)
     gpus = record["machine"]["gpus"]
     where = gpus[0] if gpus else f"CPU, {record['machine']['threads']} thread(s)"
-    failed = sum(row["failed"] for row in rows)
     notes = [
         f"Model {record['plan']['checkpoint']}, {where}, {record['plan']['processes']} process(es),"
         f" {seconds:.0f} s.",
         savings(rows),
-        f"{failed} questions had no usable video; `samples.jsonl` says why." if failed else None,
     ]
     return [note for note in notes if note is not None]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
+from rich import box
 from rich.table import Table
 
-from .scores import STAGES, half_width
+from .scores import TO_FIRST_TOKEN, half_width
 
 _COLUMNS = (
     ("method", "left"),
@@ -16,12 +17,12 @@ _COLUMNS = (
     ("visual tokens", "right"),
     ("accuracy", "right"),
     ("first token", "right"),
-    ("by stage, ms", "left"),
+    (f"{'+'.join(TO_FIRST_TOKEN)}, ms", "right"),
 )
 
 EXPLANATION = (
-    "Accuracy ± how far its 95 % interval reaches. Time to first token as if every question were "
-    "the first about its video: decode + encode + rank + gather + prefill."
+    "Accuracy ± how far its 95 % interval reaches. Time to first token, and its stages, as if "
+    "every question were the first about its video."
 )
 
 Row = dict[str, Any]
@@ -30,7 +31,7 @@ Row = dict[str, Any]
 def cells(row: Row) -> list[str]:
     """Write a row as text, in the order of the columns."""
     if row["note"] is not None:
-        return [row["method"], row["task"], "", "", "not run", "", row["note"]]
+        return [row["method"], row["task"], "", "", "not run", "", ""]
     interval = half_width(row)
     accuracy = "?" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
     if interval is not None:
@@ -40,9 +41,7 @@ def cells(row: Row) -> list[str]:
         frames = f"{row['frames']:,.0f}"
         tokens = f"{row['visual_tokens']:,.0f} → {row['kept_tokens']:,.0f}"
         ttft = f"{row['ttft_s']:.3f} s"
-        stages = ", ".join(f"{stage} {row['stages'][stage] * 1000:.0f}" for stage in STAGES)
-    if row["failed"]:
-        accuracy += f" ({row['failed']} of {row['samples']} without video)"
+        stages = "+".join(f"{row['stages'][stage] * 1000:.0f}" for stage in TO_FIRST_TOKEN)
     return [row["method"], row["task"], frames, tokens, accuracy, ttft, stages]
 
 
@@ -53,19 +52,34 @@ def markdown(rows: Sequence[Row], title: str, notes: Sequence[str]) -> str:
     lines = [
         "| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows
     ]
-    below = [f"- {note}" for note in (EXPLANATION, *notes)]
+    below = [f"- {note}" for note in (EXPLANATION, *remarks(rows), *notes)]
     return "\n".join([f"# {title}", "", head, rule, *lines, "", *below, ""])
 
 
 def terminal(rows: Sequence[Row], title: str) -> Table:
     """Make the table for a terminal, a line between tasks."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, side in _COLUMNS:
-        table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
+        whole = name in ("method", "accuracy")
+        justify: Literal["left", "right"] = "right" if side == "right" else "left"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=whole)
     for index, row in enumerate(rows):
         last = index + 1 == len(rows) or rows[index + 1]["task"] != row["task"]
         table.add_row(*cells(row), end_section=last)
     return table
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """Say what the figures hide: methods that did not run, videos that were not there."""
+    reasons = {row["method"]: row["note"] for row in rows if row["note"] is not None}
+    found = [f"{method}: {reason}" for method, reason in reasons.items()]
+    found += [
+        f"{row['method']}, {row['task']}: {row['failed']} of {row['samples']} without a usable "
+        "video; samples.jsonl says why."
+        for row in rows
+        if row["failed"]
+    ]
+    return found
 
 
 def savings(rows: Sequence[Row]) -> str | None:

@@ -24,6 +24,7 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
 from lmms_eval.tasks import TaskManager
 from loguru import logger as harness_log
+from transformers.utils import logging as logging_of_transformers
 
 from ..core.errors import FlexSelectError, OptionError
 from ..inference.terminal import err, progress_bars, user_errors
@@ -96,6 +97,7 @@ def evaluate_run(folder: Path) -> None:
     rank = int(os.environ.get("RANK", "0"))
     harness_log.remove()
     harness_log.add(folder / f"lmms_eval-{rank}.log", level="INFO")
+    logging_of_transformers.disable_progress_bar()
     tasks = Tasks(plan)
     if rank == 0:
         with progress_bars() as progress:

@@ -14,7 +14,7 @@ from flexselect.evaluation.scores import (
     task_row,
     task_samples,
 )
-from flexselect.evaluation.tables import cells, markdown, savings
+from flexselect.evaluation.tables import cells, markdown, remarks, savings
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,8 @@ def test_a_row_sums_up_its_samples():
     # The answer's further tokens come after the first.
     assert row["ttft_s"] == pytest.approx(3.5)
     assert (row["opened"], row["spared_s"]) == (1, 6.0)
-    assert "1 of 4 without video" in cells(row)[4]
+    assert "1 of 4 without" in remarks([row])[0]
+    assert cells(row)[6] == "1000+2000+500+0+0"
     assert "6.0 s" in str(savings([row]))
 
 
@@ -127,7 +128,8 @@ def test_a_group_counts_every_task_alike_in_accuracy_and_every_question_in_the_r
 def test_a_task_without_any_usable_video_still_has_a_row():
     row = task_row("full", "t", "acc", [sample(0, 0.0, error="gone")], {"acc,none": 0.0})
     assert (row["failed"], row["ttft_s"], row["visual_tokens"]) == (1, None, None)
-    assert "1 of 1 without video" in cells(row)[4]
+    assert "1 of 1 without" in remarks([row])[0]
+    assert cells(row)[2:4] == ["?", "?"]
     assert group_row("g", [row])["ttft_s"] is None
 
 
