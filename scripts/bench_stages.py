@@ -164,14 +164,15 @@ def measure_method(subject: Subject, video: Video, name: str, plan: Plan) -> dic
             with meter("gather"):
                 prefill = engine.prefill([engine.gather(encoded, selection)])
             ids = encoded.prompt.layout.ids[None].to(device)
-            out = model.generate(
-                input_ids=ids,
-                **prefill,
-                do_sample=False,
-                min_new_tokens=plan.new_tokens,
-                max_new_tokens=plan.new_tokens,
-                streamer=FirstToken(meter),
-            )
+            with engine.architecture.reading(prefill) as inputs:
+                out = model.generate(
+                    input_ids=ids,
+                    **inputs,
+                    do_sample=False,
+                    min_new_tokens=plan.new_tokens,
+                    max_new_tokens=plan.new_tokens,
+                    streamer=FirstToken(meter),
+                )
             assert out.shape[1] - ids.shape[1] == plan.new_tokens
     del meter.runs[0]
     assert selection is not None
