@@ -92,7 +92,10 @@ class Engine:
         return assemble(prompt.layout, rows, features, self.architecture.embed), positions
 
     def prefill(self, parts: list[tuple[Tensor, Tensor]], left: bool = True) -> dict[str, Tensor]:
-        """Pad gathered prompts to one batch: inputs_embeds, attention_mask, position_ids."""
+        """Pad gathered prompts to one batch: inputs_embeds, attention_mask, position_ids.
+
+        The model reads it within `Architecture.reading`.
+        """
         forget_length(self.architecture.decoder)
         length = max(len(embeds) for embeds, _ in parts)
         device = parts[0][0].device
