@@ -93,11 +93,14 @@ def heat_over(
     picture = _scaled(still, longest)
     size = picture.shape[1], picture.shape[0]
     cells = Image.fromarray(np.asarray(relevance, dtype=np.float32))
-    heat = np.clip(np.asarray(cells.resize(size, Image.Resampling.NEAREST)), 0, 1)[..., None]
-    light = picture.astype(np.float32).mean(-1, keepdims=True) / 255
-    colour = np.asarray(colormaps["inferno"](heat[..., 0]))[..., :3]
+    # Attention falls off steeply: its square root still shows the second and third best.
+    heat = np.sqrt(np.clip(np.asarray(cells.resize(size, Image.Resampling.NEAREST)), 0, 1))
+    light = picture.astype(np.float32).mean(-1)
+    dark, bright = np.percentile(light, (1, 99))
+    light = np.clip((light - dark) / max(bright - dark, 1.0), 0, 1)[..., None]
+    colour = np.asarray(colormaps["inferno"](heat))[..., :3]
     # Light and dark of the picture stay in the colour, or what is most relevant would be hidden.
-    mixed = colour * (0.4 + 0.6 * light) + 0.38 * light * (1 - heat)
+    mixed = colour * (0.5 + 0.5 * light) + 0.4 * light * (1 - heat[..., None])
     return (255 * np.clip(mixed, 0, 1)).round().astype(np.uint8)
 
 
@@ -140,7 +143,7 @@ def _draw(
             axes.set_yticks([])
             for side in axes.spines.values():
                 side.set_visible(False)
-    notes = ["brighter: more relevant, each layer by its own highest"]
+    notes = ["brighter: more relevant (square root), each layer by its own highest"]
     if frame_kept:
         notes.append("framed: kept")
     if needle is not None:

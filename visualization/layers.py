@@ -64,12 +64,23 @@ class Look:
         return self.scores[layer].view(self.video.clip.frames, -1).amax(1)
 
     def best_frames(self, count: int) -> list[int]:
-        """Frames to look at, in order of time: those of the needle, then the most relevant."""
+        """Frames to look at, in order of time: those of the needle, then the most relevant.
+
+        Neighbours are much alike, so where there is a choice frames are a while apart.
+        """
+        times = self.video.times.tolist()
+        apart = (times[-1] - times[0]) / (3 * count)
         order = self.frame_relevance(self.layer).argsort(descending=True, stable=True).tolist()
+        chosen: list[int] = []
         if self.needle is not None:
             shown = self.needle.view(self.video.clip.frames, -1).any(1).nonzero()[:, 0].tolist()
-            order = [*shown, *(frame for frame in order if frame not in shown)]
-        return sorted(order[:count])
+            chosen = shown[:count]
+        for least in (apart, 0.0):
+            for frame in order:
+                far = all(abs(times[frame] - times[other]) >= least for other in chosen)
+                if len(chosen) < count and frame not in chosen and far:
+                    chosen.append(frame)
+        return sorted(chosen)
 
     def needle_rank(self, layer: int) -> int | None:
         """How many visual tokens rank at or above the needle's best one, itself included."""
