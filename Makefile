@@ -31,7 +31,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export FLEXSELECT_SHARED
 
-.PHONY: help install test lint pytest format fixtures eval docs bench clean
+.PHONY: help install test lint pytest format fixtures eval recall docs bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,14 @@ eval: install ## compare methods on benchmarks; MODEL= CKPT= TASKS= METHODS= SEL
 		$(call option,budget,BUDGET) $(call option,layer,LAYER) $(call option,frames,FRAMES) \
 		$(call option,fps,FPS) $(call option,gpus,GPUS) $(call option,limit,LIMIT) \
 		$(call option,include,INCLUDE) $(ARGS))
+
+recall: install ## which layer to read: recall@K of each; MODEL= CKPT= VIDEOS= NEEDLES= COUNT= OUT=
+	$(BIN)/flexselect recall $(strip \
+		$(if $(CKPT),$(call option,model,CKPT),$(call option,family,MODEL)) \
+		$(call option,videos,VIDEOS) $(call option,needles,NEEDLES) $(call option,count,COUNT) \
+		$(call option,frames,FRAMES) $(call option,seed,SEED) $(call option,budget,BUDGET) \
+		$(call option,selector,SELECTOR) $(ARGS) \
+		--out '$(or $(OUT),build/recall/$(notdir $(or $(CKPT),$(MODEL),qwen)))')
 
 docs: install ## build the documentation into build/site, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
