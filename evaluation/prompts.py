@@ -26,6 +26,9 @@ What is inferred or not known.
 - The reference published nothing for EgoSchema and MVBench: lmms-eval's own prompt is kept.
 - It lets a model say one token on VideoMME, LongVideoBench and LVBench (Qwen2.5-VL everywhere);
   lmms-eval's limits of 16 and 32 are kept. An answer that starts with its letter counts the same.
+
+A family that the reference did not evaluate (Qwen3-VL) is asked what lmms-eval asks a model of that
+name, where it has such a prompt.
 """
 
 from __future__ import annotations
@@ -48,6 +51,9 @@ TASKS = (
     "mvbench",
 )
 
+#: Families whose figures the reference published.
+PUBLISHED = ("internvl", "llava_video", "qwen2_5_vl")
+
 #: What a task that `evaluation.data` makes of local rows is called after its benchmark's name.
 LOCAL = "_local"
 
@@ -69,14 +75,16 @@ def prompt_settings(family: str, task: str) -> dict[str, Any]:
 
     Returns
     -------
-    Settings by name; empty for a task whose prompt lmms-eval decides.
+    Settings by name; empty for a task, or a family, whose prompt lmms-eval decides.
 
     Raises
     ------
     OptionError
         There is no such family.
     """
-    ending = _BEST if family_named(family) == "llava_video" else f"\n{_LETTER}"
+    if (family := family_named(family)) not in PUBLISHED:
+        return {}
+    ending = _BEST if family == "llava_video" else f"\n{_LETTER}"
     name = task.removesuffix(LOCAL)
     if name in ("videomme", "videomme_long"):
         return {"pre_prompt": "", "post_prompt": ending}
@@ -111,7 +119,7 @@ def adapt_text(family: str, task: str, text: str, doc: Mapping[str, Any]) -> str
         Subtitles are needed and not there.
     """
     name = task.removesuffix(LOCAL)
-    if name == "lvbench":
+    if name == "lvbench" and family_named(family) in PUBLISHED:
         for letter in "ABCD":
             text = text.replace(f"({letter})", letter)
     if name == "longvideobench_val_v" and family_named(family) == "internvl":
@@ -135,29 +143,32 @@ def give_prompt(task: Any, family: str) -> dict[str, Any]:
         There is no such family.
     """
     name = str(task.config.task)
-    ours = prompt_settings(family, name)
-    if not ours:
-        return dict(task.lmms_eval_specific_kwargs or {})
-    # What lmms-eval has merged still holds the settings by model id; only the merged ones count.
-    settings = {
-        name: value
-        for name, value in (task.lmms_eval_specific_kwargs or {}).items()
-        if not isinstance(value, dict)
-    }
-    settings.update(ours)
-    task.lmms_eval_specific_kwargs = settings
     build = task.config.doc_to_text
-    task.config.doc_to_text = _Adapted(
-        build.build if isinstance(build, _Adapted) else build, name, family
-    )
-    return settings
+    before = build if isinstance(build, _Adapted) else None
+    original = task.lmms_eval_specific_kwargs or {} if before is None else before.settings
+    ours = prompt_settings(family, name) or original.get(family_named(family))
+    if ours is None:
+        if before is not None:
+            task.lmms_eval_specific_kwargs, task.config.doc_to_text = original, before.build
+        return _merged(original)
+    settings = {**_merged(original), **ours}
+    task.lmms_eval_specific_kwargs = settings
+    plain = build if before is None else before.build
+    task.config.doc_to_text = _Adapted(plain, original, name, family)
+    return dict(settings)
+
+
+def _merged(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the settings by model id, which lmms-eval keeps beside those it has chosen."""
+    return {name: value for name, value in settings.items() if not isinstance(value, dict)}
 
 
 class _Adapted:
     """A task's ``doc_to_text`` with `adapt_text` after it; an object, so that it is known again."""
 
-    def __init__(self, build: Any, task: str, family: str) -> None:
+    def __init__(self, build: Any, settings: Mapping[str, Any], task: str, family: str) -> None:
         self.build = build
+        self.settings = settings
         self.task = task
         self.family = family
 

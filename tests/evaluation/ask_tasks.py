@@ -15,7 +15,7 @@ from lmms_eval.tasks import TaskManager
 from flexselect.evaluation.prompts import give_prompt
 from flexselect.evaluation.scores import sample_score
 
-FAMILIES = ("internvl", "llava_video", "qwen2_5_vl")
+FAMILIES = ("internvl", "llava_video", "qwen2_5_vl", "qwen3_vl", "internvl")
 
 
 def right_letter(doc: dict[str, Any]) -> str:

@@ -87,12 +87,15 @@ def test_only_where_the_reference_departs_does_the_prompt_differ_from_lmms_evals
         for family, prompts in asked[f"{task}_local"]["prompts"].items()
         if prompts == asked[f"{task}_local"]["default"]
     }
-    families = ("internvl", "llava_video", "qwen2_5_vl")
+    families = ("internvl", "llava_video", "qwen2_5_vl", "qwen3_vl")
     kept = ("egoschema_subset", "mvbench_action_sequence")
     assert same == {
         *((task, family) for task in kept for family in families),
         ("longvideobench_val_v", "llava_video"),
         ("longvideobench_val_v", "qwen2_5_vl"),
+        ("longvideobench_val_v", "qwen3_vl"),
+        ("mlvu_dev", "qwen3_vl"),
+        ("lvbench", "qwen3_vl"),
         ("videomme", "internvl"),
         ("videomme", "qwen2_5_vl"),
     }
@@ -156,6 +159,15 @@ def test_subtitles_that_are_missing_or_damaged_are_named(
         path.write_text(content)
         with pytest.raises(DataError, match="cannot be read"):
             adapt_text("internvl", "longvideobench_val_v", "Which?", doc)
+
+
+def test_a_family_the_reference_did_not_evaluate_is_asked_what_the_harness_asks_it(
+    asked: dict[str, Any],
+) -> None:
+    assert prompt_settings("qwen3_vl", "videomme") == {}
+    first = asked["videomme_local"]["prompts"]["qwen3_vl"][0]
+    assert first.startswith("Question: Which colour")
+    assert first.endswith("\nAnswer with the option letter only.")
 
 
 def test_settings_belong_to_the_benchmark_wherever_its_rows_come_from() -> None:
