@@ -120,12 +120,13 @@ def compare(folders: Sequence[Path], against: str | None = None) -> Comparison:
         _pair(task, baseline, other)
         for task in baseline.rows
         for other in contenders
-        if other is not baseline and task in other.rows
+        if other is not baseline and _ran(baseline, task) and _ran(other, task)
     ]
     if not pairs:
         raise OptionError(
-            f"{baseline.label} shares no task with the others: it has {', '.join(baseline.rows)}. "
-            "Name runs of the same tasks."
+            f"{baseline.label} shares no task with the others: it has "
+            f"{', '.join(t for t in baseline.rows if _ran(baseline, t)) or 'not been run'}. Name "
+            "runs of the same tasks, or another --against."
         )
     return Comparison(contenders, pairs, _differences(contenders))
 
@@ -237,6 +238,11 @@ def _settings(record: Mapping[str, Any], method: str) -> dict[str, Any]:
 
 
 # Comparing ---------------------------------------------------------------------------------------
+
+
+def _ran(contender: Contender, task: str) -> bool:
+    row = contender.rows.get(task)
+    return row is not None and row["note"] is None
 
 
 def _pair(task: str, first: Contender, second: Contender) -> Pair:
