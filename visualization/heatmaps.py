@@ -19,16 +19,16 @@ _BLUE, _WARM, _GREEN, _GREY = "#1f5fbf", "#b4540a", "#22c55e", "#6b7280"
 
 
 def draw_overlays(look: Look, stills: Mapping[int, Still], layer: int) -> Any:
-    """Draw frames above their heat maps at one layer; returns a matplotlib figure.
+    """Draw frames, their heat maps at one layer, and what was kept; returns a matplotlib figure.
 
-    ``stills`` are the frames to show. In the lower row kept tokens are framed.
+    ``stills`` are the frames to show.
     """
-    return _draw(look, stills, [layer], frame_kept=layer == look.layer)
+    return _draw(look, stills, [layer], show_kept=True)
 
 
 def draw_layers(look: Look, stills: Mapping[int, Still], layers: Sequence[int]) -> Any:
     """Draw frames above their heat maps at several layers, one row each."""
-    return _draw(look, stills, layers, frame_kept=False)
+    return _draw(look, stills, layers, show_kept=False)
 
 
 def draw_timeline(look: Look, layer: int) -> Any:
@@ -104,38 +104,30 @@ def heat_over(
     return (255 * np.clip(mixed, 0, 1)).round().astype(np.uint8)
 
 
+def kept_over(still: Still, kept: NDArray[np.bool_], longest: int = 224) -> NDArray[np.uint8]:
+    """Darken the cells of a picture that were dropped: bool ``(rows, columns)``."""
+    picture = _scaled(still, longest)
+    cells = Image.fromarray(kept.astype(np.uint8) * 255)
+    stays = cells.resize((picture.shape[1], picture.shape[0]), Image.Resampling.NEAREST)
+    return np.where(np.asarray(stays)[..., None] > 0, picture, picture // 5).astype(np.uint8)
+
+
 def _draw(
-    look: Look, stills: Mapping[int, Still], layers: Sequence[int], *, frame_kept: bool
+    look: Look, stills: Mapping[int, Still], layers: Sequence[int], *, show_kept: bool
 ) -> Any:
     frames = sorted(stills)
     sample = stills[frames[0]]
     shape = sample.size[1] / sample.size[0]
     column = min(1.9, 11.5 / len(frames))
-    height = 0.75 + (len(layers) + 1) * (column * shape + 0.12)
-    figure = new_figure(1.25 + len(frames) * column, height)
-    rows = figure.subplots(len(layers) + 1, len(frames), squeeze=False)
+    lines = 1 + len(layers) + show_kept
+    figure = new_figure(1.35 + len(frames) * column, 0.75 + lines * (column * shape + 0.12))
+    rows = figure.subplots(lines, len(frames), squeeze=False)
     clip, grid = look.video.clip, look.grid
     needle = None if look.needle is None else on_grid(look.needle, grid, clip.frames).numpy()
-    stays = torch.zeros(look.selection.num_visual, dtype=torch.bool)
-    stays[look.selection.kept] = True
-    kept = on_grid(stays, grid, clip.frames).numpy()
-    for place, frame in enumerate(frames):
-        axes = rows[0][place]
-        axes.imshow(_scaled(stills[frame], 224), extent=(0, grid.columns, grid.rows, 0))
-        axes.set_title(stamp(stills[frame].seconds), fontsize=8.5, color="#374151")
-    for row, layer in zip(rows[1:], layers, strict=True):
-        heat = on_grid(look.scores[layer].double(), grid, clip.frames)
-        heat = (heat / heat.max().clamp(min=1e-30)).numpy()
-        for axes, frame in zip(row, frames, strict=True):
-            picture = heat_over(stills[frame], heat[frame])
+
+    def fill(row: Any, label: str, pictures: Sequence[NDArray[np.uint8]]) -> None:
+        for axes, frame, picture in zip(row, frames, pictures, strict=True):
             axes.imshow(picture, extent=(0, grid.columns, grid.rows, 0))
-            if frame_kept:
-                _outline(axes, kept[frame], "#ffb020", "solid")
-        row[0].set_ylabel(
-            _row_label(look, layer), fontsize=8.5, rotation=0, ha="right", va="center", labelpad=8
-        )
-    for row in rows:
-        for axes, frame in zip(row, frames, strict=True):
             if needle is not None:
                 _outline(axes, needle[frame], _GREEN, (0, (2, 1)))
             axes.set_aspect(grid.columns / grid.rows * shape)
@@ -143,8 +135,26 @@ def _draw(
             axes.set_yticks([])
             for side in axes.spines.values():
                 side.set_visible(False)
+        row[0].set_ylabel(label, fontsize=8.5, rotation=0, ha="right", va="center", labelpad=8)
+
+    fill(rows[0], "the video", [_scaled(stills[frame], 224) for frame in frames])
+    for axes, frame in zip(rows[0], frames, strict=True):
+        axes.set_title(stamp(stills[frame].seconds), fontsize=8.5, color="#374151")
+    for row, layer in zip(rows[1:], layers, strict=False):
+        heat = on_grid(look.scores[layer].double(), grid, clip.frames)
+        heat = (heat / heat.max().clamp(min=1e-30)).numpy()
+        fill(row, _row_label(look, layer), [heat_over(stills[f], heat[f]) for f in frames])
     notes = ["brighter: more relevant (square root), each layer by its own highest"]
-    if frame_kept:
+    if show_kept:
+        stays = torch.zeros(look.selection.num_visual, dtype=torch.bool)
+        stays[look.selection.kept] = True
+        kept = on_grid(stays, grid, clip.frames).numpy()
+        label = f"kept: {len(look.selection.kept):,} of\n{look.selection.num_visual:,} tokens"
+        fill(rows[-1], label, [kept_over(stills[f], kept[f]) for f in frames])
+        for axes, frame in zip(rows[-1], frames, strict=True):
+            _outline(axes, kept[frame], "#ffb020", "solid")
+            if needle is not None:
+                _outline(axes, needle[frame], _GREEN, (0, (2, 1)))
         notes.append("framed: kept")
     if needle is not None:
         notes.append("green: where the answer is")

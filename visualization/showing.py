@@ -21,7 +21,7 @@ from .stills import read_stills
 _PICTURES = {
     "overlays": (
         "Relevance over the pictures",
-        "Frames that the question finds, and below them how relevant each part is. Framed parts "
+        "Frames that the question finds, how relevant each part of them is, and the parts that "
         "were kept.",
     ),
     "layers": (
