@@ -26,8 +26,10 @@ from typing import Any
 import torch
 import transformers
 
-from flexselect.core.errors import FlexSelectError
+from flexselect.core.errors import FlexSelectError, OptionError
+from flexselect.inference.features import release_cache
 from flexselect.inference.registry import architecture_of, family_named
+from flexselect.inference.session import Video
 from flexselect.scripts import bench_flops, bench_micro
 from flexselect.scripts.bench_report import bars, markdown
 from flexselect.scripts.bench_shapes import METHODS, SHAPES, Subject, build_subject
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_stages(options: argparse.Namespace) -> dict[str, Any]:
     """Measure opening and every method at every length."""
     family = family_named(options.model)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(options)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     subject = build_subject(
         family,
@@ -98,6 +100,7 @@ def run_stages(options: argparse.Namespace) -> dict[str, Any]:
         "dtype": str(subject.model.dtype).removeprefix("torch."),
         "attention": subject.model.config._attn_implementation,
         "compiled": options.compile,
+        "memory_limit_gib": options.memory_gib,
         "repeats": plan.repeats,
         "new_tokens": plan.new_tokens,
         "matrix_rate": rate,
@@ -132,18 +135,27 @@ def _one_length(
     found: dict[str, Any] = {"frames": frames, "opening": opening, "methods": {}}
     for name in methods:
         _say(f"{frames} frames: {name}")
-        try:
-            found["methods"][name] = measure_method(subject, video, name, plan)
-        except torch.OutOfMemoryError:
-            # That a method does not fit is a result.
-            found["methods"][name] = None
-            torch.cuda.empty_cache()
+        found["methods"][name] = _fitting(subject, video, name, plan)
+        if found["methods"][name] is None:
+            release_cache()
     return found
+
+
+def _fitting(subject: Subject, video: Video, name: str, plan: Plan) -> dict[str, Any] | None:
+    """Measure a method; None where it does not fit the device, which is a result, too."""
+    try:
+        return measure_method(subject, video, name, plan)
+    except torch.OutOfMemoryError:
+        return None
+    except FlexSelectError as error:
+        if not isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise
+        return None
 
 
 def run_micro(options: argparse.Namespace) -> dict[str, Any]:
     """Measure the parts, each against its plain formulation."""
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(_device(options))
     repeats = options.repeats or 3
     measured = {}
     for name, measure in bench_micro.PARTS.items():
@@ -158,7 +170,23 @@ def run_micro(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def compile_layers(subject: Subject) -> None:
+def _device(options: argparse.Namespace) -> str:
+    """Choose the device, and limit its memory where that is asked for."""
+    device = str(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if torch.device(device).type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise OptionError(
+            f"--device {device}: there is no CUDA GPU, or no driver for it. Leave --device out to "
+            "measure on the CPU."
+        )
+    if options.memory_gib:
+        whole = torch.cuda.get_device_properties(device).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory_gib / whole), device)
+    return device
+
+
+def compile_layers(subject: Subject, backend: str = "inductor") -> None:
     """Compile every decoder layer in place; one that fails to compile runs as it is.
 
     Relevance calls the layers like the model itself does, so both profit.
@@ -169,7 +197,7 @@ def compile_layers(subject: Subject) -> None:
         decoders.append(subject.selector.language_model)
     for decoder in decoders:
         for layer in decoder.layers:
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=True, backend=backend)
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
@@ -235,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--selector-device", help="default: beside the model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--attention", help="attention kernel; default sdpa")
+    parser.add_argument("--memory-gib", type=float, help="use no more of a GPU's memory than this")
     parser.add_argument("--compile", action="store_true", help="compile the decoder layers")
     parser.add_argument("--micro", action="store_true", help="measure the parts instead")
     parser.add_argument("--check", action="store_true", help="exit code 1 where a bar is missed")

@@ -125,11 +125,17 @@ def _head(record: dict[str, Any]) -> list[str]:
         lines += [
             "",
             f"{record['weights']}, {record['dtype']}, {record['attention']} attention"
-            f"{', compiled layers' if record['compiled'] else ''}. Measured matrix rate: "
+            f"{', compiled layers' if record['compiled'] else ''}"
+            f"{_limit(record)}. Measured matrix rate: "
             f"{rate:,.0f} GFLOP/s{per} ({record['matrix_rate']['size']}² products).",
         ]
         lines += [f"Without {name}: {why}" for name, why in record["missing"].items()]
     return lines
+
+
+def _limit(record: dict[str, Any]) -> str:
+    limit = record["memory_limit_gib"]
+    return f", device memory limited to {limit:g} GiB" if limit else ""
 
 
 def _stages(record: dict[str, Any]) -> list[str]:

@@ -98,6 +98,10 @@ def test_the_real_shapes_need_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path
     code = bench.main(["--shape", "7b", "--device", "cpu", "--out", str(tmp_path)])
     assert code == 2
     assert "needs a CUDA GPU" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        code = bench.main(["--shape", "7b", "--device", "cuda", "--out", str(tmp_path)])
+        assert code == 2
+        assert "no CUDA GPU" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     with pytest.raises(OptionError, match="tiny, small, 7b"):
         build_subject("qwen2_5_vl", "huge", device="cpu")
@@ -221,6 +225,27 @@ def test_the_whole_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for word in ("torch", "GFLOP/s", "exponent", record["machine"]["processor"]):
         assert word in said
     assert str(ROOT) not in said
+
+
+def test_compiled_layers_rank_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scoring calls the layers as modules, so what compiles them for the model serves it, too."""
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
+    subject = build_subject("qwen2_5_vl", "tiny", device="cpu")
+    architecture = architecture_of(subject.model)
+    arguments = (
+        torch.randn(2, 30, 128),
+        torch.arange(30).expand(3, 2, -1),
+        2,
+        torch.arange(25, 30),
+    )
+    with torch.no_grad():
+        expected = architecture.states(*arguments)
+        bench.compile_layers(subject, backend="eager")
+        torch._dynamo.reset()
+        before = torch._dynamo.utils.counters["frames"]["ok"]
+        found = architecture.states(*arguments)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > before
+    torch.testing.assert_close(found, expected)
 
 
 def test_bars_say_what_was_found() -> None:
