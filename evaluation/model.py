@@ -7,9 +7,8 @@ video are asked one after another, by one process, and share its decoding and en
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,43 +20,19 @@ from lmms_eval.api.model import lmms
 from ..core.errors import FlexSelectError, OptionError, UnsupportedModelError, VideoError
 from ..inference.engine import Engine
 from ..inference.features import Encoded
-from ..inference.registry import load_model, load_processor
 from ..inference.session import Video
 from ..inference.terminal import progress_bars
 from .answering import answer, encode_prompt, generation_options, stop_texts
-from .arguments import Arguments, parse_arguments
+from .arguments import parse_arguments
 from .identity import checkpoint_digest, code_digest, versions
 from .journal import Journal, digest
+from .loaded import Loaded
 from .prompts import give_prompt, prompt_settings
 from .questions import Question, by_video, deal, pictures_of, read_requests
-from .videos import OpenVideos
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """What several methods share: the model, its processor, and the videos opened with it."""
-
-    model: Any
-    processor: Any
-    videos: OpenVideos
-
-    @classmethod
-    def of(cls, arguments: Arguments) -> Loaded:
-        """Load what ``arguments`` name; each of several processes onto its own GPU."""
-        # First the processor: where it is missing, that should not cost loading the weights.
-        processor = load_processor(arguments.pretrained)
-        model = load_model(
-            arguments.pretrained,
-            arguments.dtype,
-            _own_device(arguments),
-            arguments.device_map,
-            arguments.attn_implementation,
-        )
-        return cls(model, processor, OpenVideos(arguments.cache_gb))
 
 
 class FlexSelectModel(lmms):
@@ -391,17 +366,3 @@ def _batches(questions: Sequence[Question], size: int) -> list[tuple[int, Sequen
         else:
             batches.append((index, [question]))
     return [*batches]
-
-
-def _own_device(arguments: Arguments) -> str | None:
-    """Choose the device of this process among several, or raise `OptionError`."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return arguments.device
-    if arguments.device_map is not None:
-        raise OptionError(
-            f"device_map={arguments.device_map} spreads the model over the GPUs, but several "
-            "processes were started, one for each GPU. Do one of the two."
-        )
-    if arguments.device in (None, "cuda") and torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return arguments.device

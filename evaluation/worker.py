@@ -29,7 +29,8 @@ from transformers.utils import logging as logging_of_transformers
 from ..core.errors import FlexSelectError, OptionError
 from ..inference.terminal import err, progress_bars, user_errors
 from .arguments import parse_arguments
-from .model import CLASSES, FlexSelectModel, Loaded
+from .loaded import Loaded
+from .model import CLASSES, FlexSelectModel
 from .needle import TASKS, prepare
 from .plan import SAMPLES, Plan, load_plan, write_json, write_text
 from .prompts import give_prompt
