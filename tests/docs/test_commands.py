@@ -39,8 +39,10 @@ PAGES = [ROOT / "README.md", ROOT / "PORTING.md", *sorted((ROOT / "docs").rglob(
 SHELLS = {"sh", "bash", "shell"}
 PROGRAMS = ("make", "flexselect", "python", "pip", "cp", "torchrun", "bash")
 MARKS = ("# needs the hub", "# needs a GPU")
-#: What a user fills in, which the sources of the project never contain.
-HUB_ID = re.compile(r"(?<![\w./-])[A-Z]?[\w-]+/[A-Za-z][\w.-]*\d[\w.-]*(?![\w/])")
+#: A name with a number in it behind an owner's, and no file: Qwen/Qwen2.5-VL-7B-Instruct.
+HUB_ID = re.compile(
+    r"(?<![\w./-])[\w-]+/(?![\w.-]*\.(?:mp4|py|yaml|html|sh)\b)[A-Za-z][\w.-]*\d[\w.-]*(?![\w/])"
+)
 
 
 def blocks(path: Path) -> Iterator[tuple[str, str, bool]]:
@@ -192,5 +194,11 @@ def test_what_does_not_exist_is_found(line: str) -> None:
 def test_hub_ids_are_told_from_paths() -> None:
     assert HUB_ID.search("--model Qwen/Qwen2.5-VL-7B-Instruct")
     assert HUB_ID.search("CKPT=OpenGVLab/InternVL2_5-8B")
-    for words in ("tests/core -x", "--out out/recall", "testbed/checkpoints/qwen2_5_vl", "."):
+    for words in (
+        "videos/test-0256.mp4",
+        "tests/core -x",
+        "--out out/recall",
+        "testbed/checkpoints/qwen2_5_vl",
+        ".",
+    ):
         assert not HUB_ID.search(words), words
