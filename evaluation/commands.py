@@ -76,7 +76,7 @@ def evaluate(
         from .defaults import make_plan
         from .plan import TABLE, choose_folder
         from .run import perform
-        from .tables import EXPLANATION, remarks, terminal
+        from .tables import EXPLANATION, remarks, savings, terminal
 
         shared: dict[str, Any] = {
             "frames": frames,
@@ -115,8 +115,9 @@ def evaluate(
             err.print("Interrupted. The same command goes on where it stopped.", style="yellow")
             raise typer.Exit(130) from None
         out.print(terminal(rows, f"{plan.family}, {plan.checkpoint}"))
-        for remark in (EXPLANATION, *remarks(rows)):
-            out.print(remark, style="dim", markup=False, highlight=False)
+        for remark in (EXPLANATION, *remarks(rows), savings(rows)):
+            if remark is not None:
+                out.print(remark, style="dim", markup=False, highlight=False)
         out.print(f"{folder / TABLE}", markup=False, highlight=False)
 
 
