@@ -29,6 +29,8 @@ UNFINISHED = ".flexselect-part"
 
 _BLOCK = 512
 _COPY = 1 << 20
+#: Read at a time where headers are looked at: of a tar these lie a video apart.
+_BUFFER = 1 << 16
 _WHOLE = re.compile(r"\.(zip|tar|tar\.gz|tgz)$", re.IGNORECASE)
 #: ``videos.tar.part.aa``, ``archive.tar.gz.aa``, ``all.zip.001``: the archive and the part.
 _PART = re.compile(
@@ -260,7 +262,7 @@ def sweep(target: Path) -> None:
 def _reading(archive: Archive) -> Iterator[IO[bytes]]:
     """Open an archive; what zipfile and tarfile raise of a damaged one becomes a `DataError`."""
     try:
-        with io.BufferedReader(Parts(archive.parts), _COPY) as file:
+        with io.BufferedReader(Parts(archive.parts), _BUFFER) as file:
             yield file
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
         raise _damaged(archive, str(error)) from error
