@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="folder with the data set's files as the hub has them; nothing is downloaded then",
     )
     parser.add_argument("--check", action="store_true", help="only verify, change nothing")
+    parser.add_argument("--open", action="store_true", help="also open every video: reads them all")
     parser.add_argument("--quiet", action="store_true", help="no progress display")
     options = parser.parse_args(arguments)
     try:
@@ -60,7 +61,8 @@ def run(options: argparse.Namespace) -> Report:
     if options.check:
         if options.source is not None:
             raise OptionError("--check changes nothing, so --from has no use with it.")
-        return check(benchmark, options.root)
+        with progress_bars(options.quiet) as progress:
+            return check(benchmark, options.root, options.open, progress)
     if options.source is not None and not options.source.is_dir():
         raise OptionError(
             f"--from {options.source} is no folder. Name the folder that the files of "
@@ -68,7 +70,11 @@ def run(options: argparse.Namespace) -> Report:
         )
     source = options.source or download(benchmark, options.root)
     with progress_bars(options.quiet) as progress:
-        return prepare(benchmark, options.root, source, progress)
+        report = prepare(benchmark, options.root, source, progress)
+        if options.open:
+            checked = check(benchmark, options.root, options.open, progress)
+            report.unreadable = checked.unreadable
+    return report
 
 
 def tell(report: Report) -> None:
@@ -88,7 +94,7 @@ def tell(report: Report) -> None:
             say(f"  missing: {report.root / report.benchmark.folder / place}")
         if len(missing) > NAMED:
             say(f"  and {len(missing) - NAMED:,} more")
-    for line in report.damaged:
+    for line in [*report.damaged, *report.unreadable]:
         err.print(line, style="red", markup=False, highlight=False)
     if report.ok:
         benchmark = report.benchmark

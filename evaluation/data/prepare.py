@@ -14,16 +14,14 @@ continues after anything that happened, a kill included.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from ...core.errors import DataError
 from .archives import (
@@ -38,55 +36,10 @@ from .archives import (
 )
 from .benchmarks import Benchmark, RowFiles
 from .tasks import write_tasks
-
-#: Called with a stage, and bytes done and in all.
-Progress = Callable[[str, int, int], None]
+from .verify import Progress, Report, check, kept_rows, read_rows
 
 #: Bytes that stay free on the disk.
 RESERVE = 256 << 20
-
-
-@dataclass
-class TaskReport:
-    """What of one task is there.
-
-    Attributes
-    ----------
-    rows : number of rows; None where the rows themselves are missing.
-    videos : number of different videos they name.
-    missing : first place of each video that is not there, or is empty.
-    beside : the same of other files that the rows need, such as subtitles.
-    """
-
-    rows: int | None
-    videos: int = 0
-    missing: list[str] = field(default_factory=list)
-    beside: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Report:
-    """What of a benchmark is there.
-
-    Attributes
-    ----------
-    benchmark, root, folder : what was checked, and lmms-eval's folder of it.
-    tasks : task to what of it is there.
-    damaged : what could not be unpacked, a sentence each.
-    """
-
-    benchmark: Benchmark
-    root: Path
-    tasks: dict[str, TaskReport]
-    damaged: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """True if every row of every task has its video."""
-        return not self.damaged and all(
-            task.rows is not None and not task.missing and not task.beside
-            for task in self.tasks.values()
-        )
 
 
 def prepare(
@@ -149,65 +102,6 @@ def prepare(
     return report
 
 
-def check(benchmark: Benchmark, root: Path) -> Report:
-    """Verify that every row has its video, without changing anything.
-
-    Raises
-    ------
-    DataError
-        No rows of the benchmark have been prepared in ``root``.
-    """
-    target = root / benchmark.folder
-    tasks = {}
-    for task, files in benchmark.tasks.items():
-        rows = _kept_rows(benchmark, root, task)
-        tasks[task] = TaskReport(None) if not rows else _check_rows(rows, files, target)
-    if all(task.rows is None for task in tasks.values()):
-        raise DataError(
-            f"{root} holds no rows of {benchmark.name}. Prepare it first, without --check."
-        )
-    return Report(benchmark, root, tasks)
-
-
-def _check_rows(paths: Iterable[Path], files: RowFiles, target: Path) -> TaskReport:
-    videos: dict[tuple[str, ...], None] = {}
-    others: dict[str, None] = {}
-    count = 0
-    for row in read_rows(paths):
-        count += 1
-        videos[files.places(row)] = None
-        others.update(dict.fromkeys(files.beside(row)))
-    missing = [
-        places[0] for places in videos if not any(_is_there(target / place) for place in places)
-    ]
-    beside = [place for place in others if not _is_there(target / place)]
-    return TaskReport(count, len(videos), missing, beside)
-
-
-def _is_there(path: Path) -> bool:
-    """Tell whether a video is there: a file that is not empty, or a folder of frames."""
-    if path.is_dir():
-        return any(path.iterdir())
-    return path.is_file() and path.stat().st_size > 0
-
-
-def read_rows(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of parquet or JSON files; raise `DataError` for one that cannot be read."""
-    import pyarrow
-    from pyarrow import parquet
-
-    for path in paths:
-        try:
-            if path.suffix == ".parquet":
-                yield from parquet.read_table(path).to_pylist()
-            else:
-                yield from json.loads(path.read_text())
-        except (pyarrow.ArrowException, ValueError, OSError) as error:
-            raise DataError(
-                f"{path} cannot be read ({error}). Download it again, then run again."
-            ) from error
-
-
 def _find_rows(source: Path, files: RowFiles) -> list[Path]:
     for pattern in files.patterns:
         if found := sorted(path for path in source.glob(pattern) if path.is_file()):
@@ -224,20 +118,15 @@ def _keep_rows(
         folder = root / "rows" / benchmark.name / task
         # Rows of an earlier version must not be read beside these.
         names = {path.name for path in paths}
-        for old in _kept_rows(benchmark, root, task) if paths else ():
+        for old in kept_rows(benchmark, root, task) if paths else ():
             if old.name not in names:
                 old.unlink()
         for path in paths:
             copy = folder / path.name
             with path.open("rb") as file:
                 write(copy, file, path.stat().st_size, str(path))
-        kept[task] = _kept_rows(benchmark, root, task)
+        kept[task] = kept_rows(benchmark, root, task)
     return kept
-
-
-def _kept_rows(benchmark: Benchmark, root: Path, task: str) -> list[Path]:
-    folder = root / "rows" / benchmark.name / task
-    return sorted([*folder.glob("*.parquet"), *folder.glob("*.json")])
 
 
 class _Expected:

@@ -188,6 +188,22 @@ def test_subtitles_that_prompts_need_are_asked_for_too(
     assert "longvideobench/subtitles/q-Trail9_en.json" in done.stdout
 
 
+def test_videos_that_are_none_are_found_by_opening_them(
+    tmp_path: Path, run: Callable[..., Done]
+) -> None:
+    source = make_source(tmp_path / "source", "lvbench")
+    write_zip(source / "video_chunks/videos_chunk_002.zip", {"x/match_Sp4.mp4": b"<html>"})
+    arguments = ("lvbench", "--root", tmp_path / "root", "--quiet")
+    assert run(*arguments, "--from", source).returncode == 0
+    assert run(*arguments, "--check").returncode == 0
+    for more in (["--check"], ["--from", source]):
+        done = run(*arguments, "--open", *more)
+        assert done.returncode == 1
+        assert "match_Sp4.mp4" in done.stderr
+        assert "river_Tv01.mp4" not in done.stderr
+        assert "Ready" not in done.stdout
+
+
 def test_a_video_of_another_ending_counts_where_lmms_eval_takes_it(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source", "videomme")
     write_zip(source / "videos_chunked_02.zip", {"data/longOne_601.mkv": video(2)})
