@@ -43,10 +43,11 @@ def save_figure(figure: Any, path: Path, *, dpi: int = 150) -> bytes:
     import matplotlib
 
     kind = path.suffix.removeprefix(".")
-    undated: dict[str, None] = {"Date": None} if kind == "svg" else {}
+    undated = {"Date": None} if kind == "svg" else {}
     buffer = io.BytesIO()
+    smaller = {"pil_kwargs": {"optimize": True}} if kind == "png" else {}
     with matplotlib.rc_context({"svg.hashsalt": "flexselect", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format=kind, dpi=dpi, metadata=undated)
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=undated, **smaller)
     replace_file(path, buffer.getvalue())
     return buffer.getvalue()
 

@@ -13,7 +13,7 @@ from PIL import Image
 from ..inference.terminal import stamp
 from .extras import new_figure
 from .layers import Look
-from .stills import Still, on_grid
+from .stills import TINY, Still, on_grid
 
 _BLUE, _WARM, _GREEN, _GREY = "#1f5fbf", "#b4540a", "#22c55e", "#6b7280"
 
@@ -125,9 +125,12 @@ def _draw(
     clip, grid = look.video.clip, look.grid
     needle = None if look.needle is None else on_grid(look.needle, grid, clip.frames).numpy()
 
+    way = "nearest" if max(sample.size) < TINY else "antialiased"
+
     def fill(row: Any, label: str, pictures: Sequence[NDArray[np.uint8]]) -> None:
         for axes, frame, picture in zip(row, frames, pictures, strict=True):
-            axes.imshow(picture, extent=(0, grid.columns, grid.rows, 0))
+            # Smoothed, a tiny picture would be blurred and its file three times as large.
+            axes.imshow(picture, extent=(0, grid.columns, grid.rows, 0), interpolation=way)
             if needle is not None:
                 _outline(axes, needle[frame], _GREEN, (0, (2, 1)))
             axes.set_aspect(grid.columns / grid.rows * shape)
