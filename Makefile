@@ -31,7 +31,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export FLEXSELECT_SHARED
 
-.PHONY: help install test lint pytest format fixtures eval recall docs bench clean
+.PHONY: help install test lint pytest format fixtures eval recall train-selector docs bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +86,17 @@ recall: install ## which layer to read: recall@K of each; MODEL= CKPT= VIDEOS= N
 		$(call option,frames,FRAMES) $(call option,seed,SEED) $(call option,budget,BUDGET) \
 		$(call option,selector,SELECTOR) $(ARGS) \
 		--out '$(or $(OUT),build/recall/$(notdir $(or $(CKPT),$(MODEL),qwen)))')
+
+# More than one GPU: one process each, as CONFIG says (shared_configs/accelerate).
+train-selector: install ## train a Lite selector; MODEL= CKPT= DATA= VIDEOS= STUDENT= LAYER= LR= EPOCHS= GPUS= OUT=
+	$(if $(filter-out 1,$(if $(findstring --dry-run,$(ARGS)),,$(GPUS))),$(BIN)/accelerate launch \
+		--config_file '$(or $(CONFIG),shared_configs/accelerate/ddp.yaml)' \
+		--num_processes $(GPUS)) $(BIN)/flexselect train-selector $(strip $(MODEL) \
+		$(call option,ckpt,CKPT) $(call option,data,DATA) $(call option,videos,VIDEOS) \
+		$(call option,scores,SCORES) $(call option,student,STUDENT) \
+		$(call option,layer,LAYER) $(call option,aggregation,AGGREGATION) $(call option,lr,LR) \
+		$(call option,epochs,EPOCHS) $(call option,out,OUT) \
+		$(if $(findstring --dry-run,$(ARGS)),$(call option,gpus,GPUS)) $(ARGS))
 
 docs: install ## build the documentation into build/site, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

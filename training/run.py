@@ -17,9 +17,10 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 
 from ..core.errors import CheckpointError, OptionError
+from ..core.relevance import check_aggregation
 from ..inference.features import Progress
 from ..inference.presets import preset_of
-from ..inference.registry import architecture_of, load_model, load_processor
+from ..inference.registry import architecture_of, load_model, load_processor, load_tower
 from ..testbed.locate import checkpoint_folder, student_folder
 from .examples import Example, hold_out
 from .lessons import Schoolbook, Tutor
@@ -98,7 +99,10 @@ def train(
     recipe = settled(recipe)
     began = time.monotonic()
     state = PartialState(**({"cpu": True} if device == "cpu" else {}))
-    model = load_model(str(recipe.teacher), dtype=dtype, device=device or str(state.device))
+    recipe = dataclasses.replace(recipe, devices=state.num_processes)
+    # Stored scores need no more of the teacher than what encodes a video.
+    load = load_model if scores is None else load_tower
+    model = load(str(recipe.teacher), dtype=dtype, device=device or str(state.device))
     model.requires_grad_(False)
     architecture = architecture_of(model)
     if architecture.family != recipe.family:
@@ -112,15 +116,21 @@ def train(
         name: getattr(recipe, name) if getattr(recipe, name) is not None else method[name]
         for name in ("layer", "aggregation", "query", "frames_per_set")
     }
+    knobs["aggregation"] = check_aggregation(knobs["aggregation"])
     recipe = dataclasses.replace(recipe, **knobs)
+    stored = None if scores is None else StoredTeacher(scores)
+    if stored is not None:
+        examples = stored.usable(examples)
     training, aside = hold_out(examples, recipe.hold_out, recipe.seed)
     sampling = {"frames": recipe.frames}
-    samples = SampleSet(training, architecture, processor, sampling)
+    together = recipe.samples_per_device
+    samples = SampleSet(training, architecture, processor, sampling, remember=together)
     held_out = SampleSet(aside, architecture, processor, sampling)
-    teacher: Any = OnlineTeacher(architecture, **knobs, sampling=samples.policy)
-    if scores is not None:
-        teacher = StoredTeacher(scores)
-        teacher.check(architecture, **knobs, sampling=samples.policy)
+    teacher: Any = stored
+    if stored is None:
+        teacher = OnlineTeacher(architecture, **knobs, sampling=samples.policy)
+    else:
+        stored.check(architecture, **knobs, sampling=samples.policy)
     tutor = Tutor(architecture, teacher)
 
     torch.manual_seed(recipe.seed)
@@ -180,9 +190,17 @@ def train(
 def order(samples: SampleSet, recipe: Recipe) -> list[int]:
     """Draw the samples of all epochs, in order.
 
-    What is remembered is drawn question by question; what must be decoded, video by video.
+    What is remembered is drawn question by question. What must be decoded is drawn video by video,
+    in as many lanes as there are places for samples in a step and workers to fill them, so that a
+    step sees different videos and each is decoded once.
     """
-    loader = SampleLoader(samples, seed=recipe.seed, together=not recipe.cache)
+    step = recipe.devices * recipe.accumulation * recipe.samples_per_device
+    loader = SampleLoader(
+        samples,
+        seed=recipe.seed,
+        together=not recipe.cache,
+        lanes=step * max(1, recipe.workers),
+    )
     whole, part = divmod(recipe.epochs, 1)
     drawn = [index for epoch in range(int(whole)) for index in loader.order(epoch)]
     return drawn + loader.order(int(whole))[: round(part * len(samples))]
