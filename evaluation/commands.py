@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..core.errors import OptionError
+from ..core.errors import DataError, OptionError
 from ..inference.terminal import err, out, user_errors
 
 
@@ -119,6 +119,12 @@ def evaluate(
             if remark is not None:
                 out.print(remark, style="dim", markup=False, highlight=False)
         out.print(f"{folder / TABLE}", markup=False, highlight=False)
+        blind = {row["task"] for row in rows if row["samples"] and row["failed"] == row["samples"]}
+        if blind:
+            raise DataError(
+                f"No question of {', '.join(sorted(blind))} had a usable video; samples.jsonl says "
+                "why. scripts/prepare_data.py puts a benchmark's videos where its task looks."
+            )
 
 
 def compare_runs(

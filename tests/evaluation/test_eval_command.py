@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from flexselect.cli import app
 from flexselect.evaluation import run
+from flexselect.evaluation.scores import missing_row
 from flexselect.tests.paths import ROOT
 
 runner = CliRunner()
@@ -79,3 +80,13 @@ def test_the_table_is_printed_and_kept(tmp_path: Path, cache: Path, own_accelera
         assert row in table
     assert "96 → 12" in result.stdout
     assert "Run " in result.stderr
+
+
+def test_a_task_without_any_usable_video_fails_the_command(tmp_path: Path, monkeypatch):
+    row = missing_row("full", "videomme", "")
+    row |= {"samples": 3, "failed": 3, "accuracy": 0.0, "note": None}
+    monkeypatch.setattr(run, "perform", lambda folder, plan: [row])
+    result = runner.invoke(app, ["eval", "qwen", "--methods", "full", "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "videomme" in result.stderr
+    assert "prepare_data.py" in result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -96,3 +97,42 @@ def test_the_published_prompt_is_asked_and_logged_unless_told_otherwise(prompts,
     assert asked == request.args[0]
     assert ("The harness's own." in asked) == (prompts == "task")
     assert ("Answer with the option's letter" in asked) == (prompts == "published")
+
+
+def about(videos, doc_id: int) -> Instance:
+    """Ask about one of two videos in turn."""
+    content = [
+        {"type": "video", "url": str(videos[doc_id % 2])},
+        {"type": "text", "text": f"What number is on the {['red', 'blue'][doc_id // 2]} star?"},
+    ]
+    messages = [{"role": "user", "content": content}]
+    arguments = ("", lambda doc: messages, {"max_new_tokens": 2}, doc_id, "talks", "test")
+    metadata = {"task": "talks", "doc_id": doc_id, "repeats": 1}
+    return Instance("generate_until", arguments, 0, metadata=metadata)
+
+
+def test_answers_come_in_the_order_of_requests_and_a_broken_batch_is_asked_again(videos, tmp_path):
+    def run(**given):
+        model = CLASSES["qwen2_5_vl"](pretrained=TINY, budget=8, device="cpu", **given)
+        model.task_dict["talks"] = {"test": [{}] * 4}
+        replies = model.generate_until([about(videos, doc_id) for doc_id in range(4)])
+        return [reply.text for reply in replies]
+
+    alone = run()
+    assert run(batch_size="2", run_folder=str(tmp_path)) == alone
+    journal = tmp_path / "answers-0.jsonl"
+    lines = journal.read_text().splitlines()
+    # Questions about a video are asked one after another.
+    assert [json.loads(line)["doc_id"] for line in lines] == [0, 2, 1, 3]
+    assert [json.loads(line)["opened"] for line in lines] == [1, 0, 1, 0]
+    journal.write_text("\n".join([*lines[:2], lines[3]]) + "\n")
+    assert run(batch_size="2", run_folder=str(tmp_path)) == alone
+    again = [json.loads(line)["doc_id"] for line in journal.read_text().splitlines()]
+    # The batch that was broken is asked whole, the other one not at all.
+    assert again == [0, 2, 3, 1, 3]
+    # Another budget is another question.
+    given = {"pretrained": TINY, "budget": 12, "device": "cpu", "run_folder": str(tmp_path)}
+    other = CLASSES["qwen2_5_vl"](**given)
+    other.task_dict["talks"] = {"test": [{}] * 4}
+    other.generate_until([about(videos, 0)])
+    assert len(journal.read_text().splitlines()) == 6
