@@ -20,7 +20,7 @@ import typer
 
 from flexselect.core.errors import OptionError
 from flexselect.evaluation.data import BENCHMARKS, Report, check, prepare
-from flexselect.evaluation.data.fetch import download
+from flexselect.evaluation.data.fetch import download, downloads
 from flexselect.evaluation.data.tasks import tasks_folder
 from flexselect.evaluation.prompts import LOCAL
 from flexselect.inference.terminal import err, out, progress_bars, user_errors
@@ -102,6 +102,8 @@ def tell(report: Report) -> None:
         root = report.root.resolve()
         say(f"Ready: HF_HOME={root} and --tasks {task}; without a network,")
         say(f"  --tasks {task}{LOCAL} --include_path {tasks_folder(root, benchmark)}")
+        if (fetched := downloads(root, benchmark)).is_dir():
+            say(f"{fetched} is no longer needed.")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def download(benchmark: Benchmark, root: Path) -> Path:
         RepositoryNotFoundError,
     )
 
-    folder = root / "downloads" / benchmark.name
+    folder = downloads(root, benchmark)
     page = f"https://huggingface.co/datasets/{benchmark.repository}"
     try:
         info = HfApi().dataset_info(
@@ -71,6 +71,11 @@ def download(benchmark: Benchmark, root: Path) -> Path:
             "continue; without a network, name files downloaded elsewhere with --from."
         ) from error
     return folder
+
+
+def downloads(root: Path, benchmark: Benchmark) -> Path:
+    """Return the folder that a benchmark's files are fetched to, as the hub has them."""
+    return root / "downloads" / benchmark.name
 
 
 def _has(path: Path, size: int) -> bool:

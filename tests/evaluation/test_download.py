@@ -144,6 +144,7 @@ def test_a_benchmark_is_downloaded_once_and_then_ready(hub: Shelf, tmp_path: Pat
     assert folder == tmp_path / "root" / "downloads" / "lvbench"
     assert sorted(fetched(hub)) == sorted(set(hub.files) - {"README.md"})
     assert prepare(benchmark, tmp_path / "root", folder).ok
+    assert not any("downloads" in path for path in tree(tmp_path / "root" / benchmark.folder))
     hub.asked.clear()
     download(benchmark, tmp_path / "root")
     assert fetched(hub) == []
