@@ -88,10 +88,10 @@ def rows_of_sets(prompt: Prompt, video: int, sets: Sequence[Tensor]) -> list[Ten
     for number, frames in enumerate(sets):
         set_of[frames] = number
     rows = in_frame.nonzero()[:, 0]
-    number = set_of[layout.frame[rows]]
+    owner = set_of[layout.frame[rows]]
     # Sorted stably, the tokens of a set lie side by side and keep their order.
-    sizes = torch.bincount(number, minlength=len(sets) + 1).tolist()
-    parts = rows[number.argsort(stable=True)].split(sizes)
+    sizes = torch.bincount(owner, minlength=len(sets) + 1).tolist()
+    parts = rows[owner.argsort(stable=True)].split(sizes)
     return [torch.cat((shared, part)).sort().values for part in parts[: len(sets)]]
 
 

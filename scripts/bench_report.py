@@ -34,9 +34,10 @@ def bars(record: dict[str, Any]) -> list[dict[str, Any]]:
     if record["shape"] == "tiny" or length is None:
         return []
     full = length["methods"].get("full")
-    wanted = {"flexselect": (3.0, 2.8), "flexselect-lite": (12.0, 6.0)} if gpu else {}
-    if not gpu:
-        wanted = {"flexselect": (2.5, None), "flexselect-lite": (6.0, None)}
+    wanted: dict[str, tuple[float, float | None]]
+    wanted = {"flexselect": (2.5, None), "flexselect-lite": (6.0, None)}
+    if gpu:
+        wanted = {"flexselect": (3.0, 2.8), "flexselect-lite": (12.0, 6.0)}
     found = []
     clock = "wall" if gpu else "cpu"
     for name, (features, frames) in wanted.items():

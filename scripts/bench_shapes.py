@@ -81,7 +81,7 @@ class Subject:
 
     model: Any
     processor: Any
-    selector: Any | None
+    selector: Any
     side: int
     knobs: dict[str, Any]
     source: str
