@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,22 @@ def read_pixels(
     except VideoError as error:
         raise VideoError(f"{path}: {error}") from None
     stream = read_frames(info, chosen, backend=backend, size=size)
-    pictures = torch.cat([part.frames for part in stream])
-    return architecture.pixels(processor, pictures, info.duration / len(chosen)), stream.report
+    parts = list(stream)
+    pictures = torch.cat([part.frames for part in parts])
+    times = torch.cat([torch.from_numpy(part.timestamps) for part in parts])
+    pixels = architecture.pixels(processor, pictures, info.duration / len(chosen))
+    return replace(pixels, clip=with_stamps(architecture, pixels.clip, times)), stream.report
+
+
+def with_stamps(architecture: Architecture, clip: Clip, times: Tensor) -> Clip:
+    """Note in ``clip`` when its frames are shown, for a family that writes it into the prompt.
+
+    ``times`` is float64 ``(pictures,)``, in seconds.
+    """
+    if not architecture.stamps_frames:
+        return clip
+    frames = times.split(architecture.pictures_per_frame)
+    return replace(clip, stamps=tuple(float(pictures.mean()) for pictures in frames))
 
 
 def ask_about(architecture: Architecture, processor: Any, clip: Clip, question: str) -> Prompt:

@@ -20,7 +20,7 @@ from .apply import check_decoding, count_new_tokens, is_applied
 from .engine import Engine
 from .features import FRAMES_PER_CHUNK, Encoded, Features, Progress, encode
 from .methods import FlexSelect, Method
-from .pictures import choose_pictures, whole_groups
+from .pictures import choose_pictures, whole_groups, with_stamps
 from .policy import resolve_sampling
 from .timing import Clock, Tee
 from .video import (
@@ -293,8 +293,7 @@ def open_video(
     stream = read_frames(info, chosen, backend=backend, chunk=frames_per_chunk * group, size=size)
     spacing = info.duration / len(chosen)
     clips: list[Clip] = []
-    stamps: list[Tensor] = []
-    middles: list[float] = []
+    shown: list[Tensor] = []
 
     def prepared() -> Iterator[tuple[Pixels, Tensor]]:
         for pictures, times in ahead(whole_groups(stream, group)):
@@ -304,10 +303,9 @@ def open_video(
         # Two threads work ahead of the tower: one decodes, one prepares what was decoded.
         for pixels, times in ahead(prepared()):
             clips.append(pixels.clip)
-            stamps.append(times[::group])
-            middles.extend(float(part.mean()) for part in times.split(group))
+            shown.append(times)
             if progress is not None:
-                done = min(sum(map(len, stamps)) * group, len(chosen))
+                done = min(sum(-(-len(part) // group) for part in shown) * group, len(chosen))
                 progress("decode", done, len(chosen))
             # Between one chunk asked for and the next, the time is the tower's.
             clock.start("encode")
@@ -319,8 +317,7 @@ def open_video(
     features = encode(architecture, chunks(), selector, frames_per_chunk, progress, frames)
     clock.stop()
     clip = replace(clips[0], frames=sum(part.frames for part in clips))
-    if architecture.stamps_frames:
-        clip = replace(clip, stamps=tuple(middles))
+    clip = with_stamps(architecture, clip, torch.cat(shown))
     record = {
         "video": str(path),
         "duration": info.duration,
@@ -338,7 +335,7 @@ def open_video(
         processor=processor,
         clip=clip,
         features=features,
-        times=torch.cat(stamps),
+        times=torch.cat(shown)[::group],
         pictures=pictures,
         report=stream.report,
         record=record,

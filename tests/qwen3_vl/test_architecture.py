@@ -15,6 +15,7 @@ import flexselect
 from flexselect import FlexSelect, FlexSelectError, Full, PromptError, UnsupportedModelError
 from flexselect.core.layout import NONE, Clip
 from flexselect.inference.engine import kept_rows
+from flexselect.inference.pictures import read_pixels
 from flexselect.tests.architectures.factories import FAMILIES, Family, Image, Video, encoded, knobs
 from flexselect.tests.inference.session.films import film
 
@@ -225,6 +226,8 @@ def test_a_file_becomes_what_the_processor_makes_of_its_pictures(
     processor = FAMILY.processor()
     opened = flexselect.open_video(model, processor, path, method=Full(), fps=4, **limits)
     assert len(opened.pictures) == pictures
+    at_once, _ = read_pixels(opened.engine.architecture, processor, path, {"fps": 4, **limits})
+    assert at_once.clip == opened.clip
     answer = opened.ask(QUESTION, max_new_tokens=6)
     shown = flexselect.architecture_of(model).expand(
         processor, FAMILY.templated([("user", [Video(1), QUESTION])]), [opened.clip]
