@@ -26,7 +26,7 @@ from .examples import Example, hold_out
 from .lessons import Schoolbook, Tutor
 from .recipe import Recipe
 from .samples import SampleLoader, SampleSet
-from .student import Student, new_selector, save_selector
+from .student import Student, new_selector, recorded, save_selector
 from .teacher import OnlineTeacher, StoredTeacher
 from .trainer import SelectorTrainer, best_checkpoint, checkpoints
 
@@ -219,6 +219,8 @@ def _agree(
         json.dumps(
             {
                 **recipe.record(),
+                "teacher": recorded(str(recipe.teacher)),
+                "student": recorded(str(recipe.student)),
                 "samples": len(examples),
                 "first_sample": examples[0].id,
                 "last_sample": examples[-1].id,

@@ -28,6 +28,8 @@ from ..inference.features import assemble
 from ..inference.registry import CHECKPOINTS, FAMILIES, load_model
 from ..inference.scoring import FrameSet, split_prompt
 
+_HOUSE = Path(__file__).resolve().parent.parent
+
 #: Text in which tokenizers of different vocabularies are unlikely to agree.
 _PROBE = "What number is on the red star? 视频 12345 <|im_start|>user\n"
 #: Files of which a tokenizer's folder has one.
@@ -86,8 +88,8 @@ def new_selector(
         sibling,
         own_tokens=differs(folder, Path(teacher)),
         aggregation=check_aggregation(aggregation),
-        base_model=str(student),
-        teacher_model=teacher,
+        base_model=recorded(student),
+        teacher_model=recorded(teacher),
         teacher_layer=layer,
     )
     selector = selector.float()
@@ -95,6 +97,14 @@ def new_selector(
     if getattr(selector.config, "own_tokens", False):
         selector.translate = family_of(architecture).translator(folder, architecture.model)
     return selector
+
+
+def recorded(name: str | Path) -> str:
+    """Return how records name a model: what comes with the project by its place in it."""
+    path = Path(name)
+    if path.is_absolute() and path.is_relative_to(_HOUSE):
+        return path.relative_to(_HOUSE).as_posix()
+    return str(name)
 
 
 def load_text_model(folder: Path) -> Any:

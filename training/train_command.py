@@ -143,6 +143,7 @@ def _run(
     from .accuracy import compare, needle_videos
     from .examples import read_examples
     from .run import settled, train
+    from .student import recorded
 
     first = int(os.environ.get("RANK", "0")) == 0
     if data is None and recipe.videos is None:
@@ -211,7 +212,8 @@ def _run(
             summary["accuracy_training_free"] = accuracy.training_free
             summary["comparison"] = dataclasses.asdict(accuracy)
         summary["seconds"] = round(trained.seconds, 1)
-        summary["recipe"] = recipe.record()
+        models = {"teacher": recorded(recipe.teacher), "student": recorded(recipe.student)}
+        summary["recipe"] = {**recipe.record(), **models}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     console.print(f"{out}", markup=False, highlight=False)
     console.print(

@@ -44,7 +44,8 @@ SETTINGS = {
     "hold_out": 3,
     "evaluate_every": 3,
     "workers": 0,
-    "temperature": 0.01,
+    "log_scores": True,
+    "temperature": 0.3,
 }
 
 
@@ -117,10 +118,9 @@ def _environment() -> dict[str, str]:
 
 
 def test_training_teaches(plain):
-    start, end = [row for row in _log(plain) if "eval_loss" in row][0::2][:2]
-    assert end["eval_loss"] < start["eval_loss"]
+    # The second epoch knows what the first has seen.
     losses = [row["loss"] for row in _log(plain) if "loss" in row]
-    assert sum(losses[-3:]) < sum(losses[:3])
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
 
 
 def test_accumulated_batches_equal_one_larger_batch(plain, recipe_file, data, tmp_path):
