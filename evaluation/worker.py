@@ -106,7 +106,10 @@ def evaluate_run(folder: Path) -> None:
     if accelerator is not None:
         accelerator.wait_for_everyone()
     first = next(iter(plan.methods))
-    loaded = Loaded.of(parse_arguments(plan.arguments(first, folder)))
+    with progress_bars(silent=rank != 0) as progress:
+        progress("load", 0, 1)
+        loaded = Loaded.of(parse_arguments(plan.arguments(first, folder)))
+        progress("load", 1, 1)
     for method in plan.methods:
         lm = CLASSES[plan.family](loaded, **plan.arguments(method, folder))
         if accelerator is not None:
