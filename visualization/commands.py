@@ -44,6 +44,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     app.command()(recall)
     app.command()(show)
+    app.command()(reports)
 
 
 def recall(
@@ -246,6 +247,50 @@ def show(
             )
         for path in written:
             console.print(str(path), markup=False, highlight=False)
+
+
+def reports(
+    run: Annotated[
+        Path, typer.Argument(help="Folder of a run of flexselect eval.", show_default=False)
+    ],
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Whose wrong answers, by commas; default: all.", show_default=False),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Most reports a method.", min=1)] = 20,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; default: RUN/reports.", show_default=False)
+    ] = None,
+    dtype: _Dtype = "auto",
+    device: _Device = None,
+    device_map: _DeviceMap = None,
+    attn: _Attention = None,
+    quiet: _Quiet = False,
+) -> None:
+    """See why answers of an evaluation were wrong: ask again, and write a report of each.
+
+    Writes index.html, which links them.
+    """
+    from transformers.utils import logging as logging_of_transformers
+
+    from ..inference.registry import load_model, load_processor
+    from ..inference.terminal import out as console
+    from ..inference.terminal import progress_bars, user_errors
+    from .wrong import report_wrong, wrong_answers
+
+    with user_errors():
+        names = methods.split(",") if methods else []
+        checkpoint, wrong = wrong_answers(run, names, limit)
+        logging_of_transformers.disable_progress_bar()
+        with progress_bars(quiet) as progress:
+            progress("load", 0, 1)
+            processor = load_processor(checkpoint)
+            loaded = load_model(checkpoint, dtype, device, device_map, attn)
+            progress("load", 1, 1)
+            index = report_wrong(
+                loaded, processor, wrong, out or run / "reports", progress=progress
+            )
+        console.print(f"{len(wrong)} wrong answers: {index}", markup=False, highlight=False)
 
 
 def _layer_list(text: str | None, engine: Engine) -> list[int] | None:

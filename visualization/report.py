@@ -225,8 +225,9 @@ def _film(path: Path, video: Video, sheet: _Sheet) -> str:
     places = [_relative(file, path), file.name]
     sources = "".join(f'<source src="{text(quote(place))}">' for place in dict.fromkeys(places))
     poster = ""
-    if sheet.peaks and sheet.peaks[0] in sheet.stills:
-        poster = f' poster="{sheet.stills[sheet.peaks[0]].data_uri()}"'
+    shown = next((f for f in (*sheet.peaks, *sheet.others) if f in sheet.stills), None)
+    if shown is not None:
+        poster = f' poster="{sheet.stills[shown].data_uri()}"'
     return (
         f'<video controls preload="none" playsinline aria-label="The video"{poster}>{sources}'
         "</video>"
@@ -306,7 +307,7 @@ def _frames(sheet: _Sheet) -> str:
         note += f" {more:,} more are not shown."
     switch = "" if sheet.moments else _switch(sheet)
     return section(
-        "What else was kept",
+        "What else was kept" if sheet.moments else "What was kept",
         note,
         switch + f'<ul class="pictures strip-of-pictures">{"".join(items)}</ul>',
     )
