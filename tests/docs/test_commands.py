@@ -2,8 +2,8 @@
 
 A command is parsed by the program it is for: `flexselect` by its own options, `make` by a dry run
 whose commands are parsed in turn. What cannot be run on a machine without network and GPU says so
-at its end, ``# needs the hub`` or ``# needs a GPU``, or the text before it does ("All of these need
-the hub"); a command that names a hub id must.
+at its end, ``# needs the hub`` or ``# needs a GPU``, or the text before it does ("This needs the
+weights"); a command that names a hub id must.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def blocks(path: Path) -> Iterator[tuple[str, str, bool]]:
     page = path.read_text()
     fence = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```\s*$", re.M | re.S)
     for block in fence.finditer(page):
-        said = re.search(r"needs?\s+the\s+hub", re.sub(fence, "", page[: block.start()]))
+        said = re.search(r"needs?\s+the\s+(hub|weights)", re.sub(fence, "", page[: block.start()]))
         yield block[2], block[3], said is not None
 
 
