@@ -189,7 +189,10 @@ def _write(model: Any, processor: Any, item: Wrong, path: Path) -> None:
     answer = video.ask(item.question, max_new_tokens=length)
     note = None
     if answer.text != item.answer:
-        note = f"In the run it said: {item.answer}"
+        note = (
+            f"In the run it said: {item.answer}. Since then the weights, the code or the machine "
+            "has changed."
+        )
     write_report(
         path,
         video,
