@@ -142,6 +142,24 @@ def test_files_on_another_disk_are_copied(tmp_path: Path, monkeypatch: pytest.Mo
     assert copy.stat().st_ino != (source / loose).stat().st_ino
 
 
+def test_a_snapshot_of_the_hubs_cache_will_do(tmp_path: Path) -> None:
+    # There every file is a link to a blob without an ending.
+    for name in ("longvideobench", "mvbench"):
+        source = make_source(tmp_path / "files" / name, name)
+        snapshot = tmp_path / "snapshot" / name
+        blobs = tmp_path / "blobs" / name
+        blobs.mkdir(parents=True)
+        for number, path in enumerate(p for p in sorted(source.rglob("*")) if p.is_file()):
+            link = snapshot / path.relative_to(source)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.rename(blobs / str(number)))
+        report = prepare(BENCHMARKS[name], tmp_path / "root", snapshot)
+        assert report.tasks[TASKS[name]].missing == []
+    placed = list((tmp_path / "root").rglob("*.mp4"))
+    assert placed
+    assert not any(path.is_symlink() for path in placed), "the cache may be cleared"
+
+
 def test_rows_of_an_earlier_version_are_not_read_beside_the_new_ones(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source", "lvbench")
     prepare(BENCHMARKS["lvbench"], tmp_path / "root", source)
