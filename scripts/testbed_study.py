@@ -328,8 +328,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 study.run(knob_cells(study.preset, options.count or 20), "knobs")
             else:
                 layers = study.engine.architecture.num_layers
-                study.run(table_cells(study.preset, study.tokens_per_frame), "table")
-                study.run(layer_cells(layers, "test", 35), "layers")
+                cells = table_cells(study.preset, study.tokens_per_frame)
+                cells += layer_cells(layers, "test", 35)
+                study.run([c for c in cells if c.clips.frames in options.frames], "table")
         if options.report:
             write_report(read_results(options.results), options.report)
     except FlexSelectError as error:
@@ -350,6 +351,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--part", choices=("knobs", "table"), help="what to measure")
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--model", type=Path, help="another checkpoint of the family")
+    parser.add_argument(
+        "--frames",
+        type=int,
+        nargs="+",
+        choices=(16, *LENGTHS),
+        default=[16, *LENGTHS],
+        help="lengths of --part table to measure now",
+    )
     parser.add_argument("--count", type=int, help="validation videos a cell of --part knobs")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "testbed.json")
