@@ -14,7 +14,7 @@ from ..core.errors import FlexSelectError
 from ..core.layout import NONE, Prompt
 from ..core.relevance import Aggregation, relevance
 from ..core.sets import frame_sets
-from .features import Progress, assemble, release_cache
+from .features import Progress, assemble, keep_freed_memory, release_cache
 
 logger = logging.getLogger(__name__)
 
@@ -236,6 +236,7 @@ def _pass_by_pass(
 
     Where a pass does not fit the device, ``work`` is done again on half of its sets.
     """
+    keep_freed_memory()
     place = prompt.layout.feature.cumsum(0) - 1
     done = 0
     while done < len(sets):

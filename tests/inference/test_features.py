@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -160,6 +163,33 @@ def test_features_that_travel_are_read_after_they_arrived(monkeypatch: pytest.Mo
     assert torch.equal(found.selector, -expected(9))
     assert len(sent) == 10
     assert not travelling
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")
+def test_freed_memory_is_kept_for_the_next_layer() -> None:
+    """Blocks as large as activations, written and freed again and again, in a fresh process."""
+    program = """
+import resource, torch
+from flexselect.inference.features import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        [torch.ones(11 << 20, dtype=torch.uint8) for _ in range(2)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.set_num_threads(1)
+given_back = faults()
+keep_freed_memory()
+faults()
+print(given_back, faults())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True
+    )
+    given_back, kept = map(int, done.stdout.split())
+    # A machine may use pages that are larger than usual.
+    assert kept < max(given_back, 100) / 10
 
 
 def test_nothing_to_encode() -> None:
