@@ -345,9 +345,9 @@ def _show_curves(curves: Curves, preset_layer: int, selector: str | None) -> Non
         cells = []
         for aggregation in AGGREGATIONS:
             recall = curve[aggregation][0][layer].recall
-            best = (layer, aggregation) == (curves.layer, curves.aggregation)
+            chosen = (layer, aggregation) == (curves.layer, curves.aggregation)
             text = f"{recall.mean:.2f} [dim]({recall.low:.2f}-{recall.high:.2f})[/]"
-            cells.append(f"[bold]{text}[/]" if best else text)
+            cells.append(f"[bold]{text}[/]" if chosen else text)
         cells += [f"{curve[a][1][layer].precision.mean:.2f}" for a in AGGREGATIONS]
         table.add_row(str(layer), *cells)
     out.print(table, highlight=False)

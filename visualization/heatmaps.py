@@ -144,8 +144,8 @@ def _draw(
     for axes, frame in zip(rows[0], frames, strict=True):
         axes.set_title(stamp(stills[frame].seconds), fontsize=8.5, color="#374151")
     for row, layer in zip(rows[1:], layers, strict=False):
-        heat = on_grid(look.scores[layer].double(), grid, clip.frames)
-        heat = (heat / heat.max().clamp(min=1e-30)).numpy()
+        laid = on_grid(look.scores[layer].double(), grid, clip.frames)
+        heat = (laid / laid.max().clamp(min=1e-30)).numpy()
         fill(row, _row_label(look, layer), [heat_over(stills[f], heat[f]) for f in frames])
     notes = ["brighter: more relevant (square root), each layer by its own highest"]
     if show_kept:

@@ -75,6 +75,7 @@ def test_the_question_is_asked_as_ask_asks_it(
         layers=[method.layer],
         aggregations=["max"],
     )
+    assert answered.selection.scores is not None
     assert torch.equal(found[method.layer, "max"], answered.selection.scores)
 
 
