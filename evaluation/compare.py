@@ -134,7 +134,9 @@ def compare(folders: Sequence[Path], against: str | None = None) -> Comparison:
 def markdown(comparison: Comparison) -> str:
     """Write a comparison as a page."""
     lines = ["# Comparison of runs", ""]
-    lines += [f"- {each.label}: `{each.folder.name}`" for each in comparison.contenders]
+    lines += [
+        f"- {each.label}: `{Path(*each.folder.parts[-2:])}`" for each in comparison.contenders
+    ]
     lines += ["", *_warnings(comparison)]
     tested = [pair for pair in comparison.pairs if pair.result is not None]
     values = holm([pair.result.p for pair in tested if pair.result is not None])
