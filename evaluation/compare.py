@@ -303,7 +303,10 @@ def _warnings(comparison: Comparison) -> list[str]:
         return ["Apart from the methods' own settings the runs are alike."]
     lines = ["**These runs differ in more than their methods:**", ""]
     for name, values in comparison.differences.items():
-        said = "; ".join(f"{label}: {_short(value)}" for label, value in values.items())
+        groups: dict[str, list[str]] = {}
+        for label, value in values.items():
+            groups.setdefault(_short(value), []).append(label)
+        said = "; ".join(f"{value} ({', '.join(labels)})" for value, labels in groups.items())
         lines.append(f"- {name}: {said}")
     return lines
 

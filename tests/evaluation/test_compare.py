@@ -271,7 +271,7 @@ def test_settings_besides_the_method_that_differ_are_flagged(tmp_path: Path) -> 
     assert set(found) == {"preset_video", "checkpoint", "limit", "machine (times only)"}
     page = markdown(compare([one, two, three]))
     assert "differ in more than their methods" in page
-    line = '- preset_video: full: `{"frames": 512}`; uniform: `{"frames": 512}`; random: `{"fr'
+    line = '- preset_video: `{"frames": 512}` (full, uniform); `{"frames": 64}` (random)'
     assert line in page
 
 
