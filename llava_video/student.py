@@ -61,14 +61,14 @@ def new_selector(
     copy_weights(selector.language_model, text.state_dict(), "the student's text model")
     width = selector.hidden_size
     if sibling is None:
-        selector.projector.to_empty(device=text.device)
-        for part in selector.projector.children():
+        projector: Any = selector.projector.to_empty(device=text.device)
+        for part in projector.children():
             part.reset_parameters()
-        selector.projector.to(text.dtype)
+        projector.to(text.dtype)
         newline = text.embed_tokens.weight.new_empty(width).normal_(std=width**-0.5)
     else:
-        projector = sibling.model.multi_modal_projector.state_dict()
-        copy_weights(selector.projector, projector, "the student's projector")
+        weights = sibling.model.multi_modal_projector.state_dict()
+        copy_weights(selector.projector, weights, "the student's projector")
         newline = sibling.model.image_newline.detach().clone()
     selector.image_newline = nn.Parameter(newline)
     return selector

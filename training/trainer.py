@@ -59,8 +59,10 @@ class SelectorTrainer(Trainer):
     out : folder of the checkpoints.
     report_to : where Trainer logs to, such as ("tensorboard",).
     progress : called with ("train", step, steps).
-    more : further arguments of TrainingArguments, such as ``deepspeed`` or ``push_to_hub``.
+    more : further arguments of TrainingArguments, such as ``deepspeed``.
     """
+
+    control: Any
 
     def __init__(
         self,
