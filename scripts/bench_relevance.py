@@ -15,16 +15,7 @@ import torch
 from torch import Tensor
 
 from flexselect.core.relevance import relevance
-
-HEADS, KV_HEADS, HEAD_DIM, PREFIX = 28, 4, 128, 12
-
-
-def plain(query: Tensor, key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Every head its own keys, and all of heads x text x keys at once."""
-    scores = query @ key.repeat_interleave(HEADS // KV_HEADS, 1).mT * HEAD_DIM**-0.5
-    ahead = torch.arange(key.shape[2]) > rows[:, None]
-    weights = scores.masked_fill(ahead, float("-inf")).softmax(-1)
-    return weights[..., columns].amax((1, 2))
+from flexselect.scripts.bench_micro import HEAD_DIM, HEADS, KV_HEADS, PREFIX, plain_relevance
 
 
 def seconds(run: Callable[[], Tensor], repeats: int) -> tuple[float, Tensor]:
@@ -52,7 +43,7 @@ def main() -> None:
     rows = torch.arange(tokens - options.text, tokens)
     columns = torch.arange(PREFIX, PREFIX + options.visual)
     ours, scores = seconds(lambda: relevance(query, key, rows, columns), options.repeats)
-    theirs, wanted = seconds(lambda: plain(query, key, rows, columns), options.repeats)
+    theirs, wanted = seconds(lambda: plain_relevance(query, key, rows, columns), options.repeats)
     print(f"{platform.machine()}, torch {torch.__version__}, 1 thread, float32")
     print(f"{options.visual} visual tokens, {options.text} of text, {HEADS}/{KV_HEADS} heads")
     print(f"relevance {ours:.2f} s, plain {theirs:.2f} s of processor time: {theirs / ours:.1f}x")
