@@ -42,7 +42,7 @@ class Look:
     points : int64 ``(n,)``, the visual tokens whose states were taken, ascending.
     states : layer to float32 ``(n, hidden)``.
     needle : bool ``(visual,)``, where a sidecar beside the video says what the answer is read
-        from; else None.
+        from, and sampling did not miss it; else None.
     """
 
     video: Video
@@ -84,7 +84,7 @@ class Look:
 
     def needle_rank(self, layer: int) -> int | None:
         """How many visual tokens rank at or above the needle's best one, itself included."""
-        if self.needle is None or not bool(self.needle.any()):
+        if self.needle is None:
             return None
         scores = self.scores[layer]
         return int((scores >= scores[self.needle].max()).sum())
@@ -187,5 +187,6 @@ def _needle(video: Video, question: str) -> Tensor | None:
         return None
     for known in told.questions:
         if known.text.strip() == question.strip():
-            return needle_tokens(video, known)
+            marked = needle_tokens(video, known)
+            return marked if bool(marked.any()) else None
     return None

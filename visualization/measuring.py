@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,8 @@ def measure_recall(
     preset_layer = record.pop("layer") if record.get("selector") is None else None
     for name in ("layer", "aggregation", "positions", "sets_per_batch"):
         record.pop(name, None)
-    settings = {**record, "sampling": sampling}
+    weights = {name: _weights(str(record[name])) for name in ("model", "selector") if record[name]}
+    settings = {**record, "sampling": sampling, "weights": weights}
     rows = Rows(out / "rows.jsonl", settings)
     names = [[_name(video, i) for i in range(len(video.questions))] for video in videos]
     total, done = sum(map(len, names)), 0
@@ -75,6 +78,20 @@ def measure_recall(
     curves = summarise(rows.of([name for own in names for name in own]))
     write_curves(curves, out, settings=settings, preset_layer=preset_layer)
     return curves
+
+
+def _weights(folder: str) -> str:
+    """Tell checkpoints in the same folder apart: by the size and the last MiB of every file.
+
+    Empty for a model that is in no folder; nothing tells that it was changed.
+    """
+    seen = 0
+    for path in sorted(Path(folder).glob("*.safetensors")) if folder else ():
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - (1 << 20)))
+            seen = zlib.crc32(file.read(), seen ^ (size & 0xFFFFFFFF))
+    return f"{seen:08x}" if seen else ""
 
 
 def _name(video: NeedleVideo, question: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from flexselect.cli import app
 from flexselect.core.errors import OptionError
 from flexselect.core.metrics import precision_at_k, recall_at_k
 from flexselect.inference.scoring import score_layers
+from flexselect.testbed.locate import checkpoint_folder
 from flexselect.testbed.videos import NeedleVideo
 from flexselect.tests.paths import SMALL_MEDIA
 from flexselect.visualization import measuring
@@ -194,6 +196,25 @@ def test_a_measurement_goes_on_where_it_stopped(
     resumed = run(tmp_path / "out")
     assert [path.name for path in opened[3:]] == [videos[2].path.name]
     assert run(tmp_path / "whole") == resumed
+
+
+def test_other_weights_in_the_same_folder_are_another_measurement(tmp_path: Path) -> None:
+    [video] = generated_videos(tmp_path / "videos", frames=16, count=1)
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint_folder("qwen2_5_vl"), folder)
+    processor = flexselect.load_processor(folder)
+
+    def run() -> Any:
+        model = flexselect.load_model(folder)
+        options: dict[str, Any] = {"method": FlexSelect(budget=8), "frames": 16}
+        return measuring.measure_recall(model, processor, [video], tmp_path / "out", **options)
+
+    assert run() == run()
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-7] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(OptionError, match=r"other settings \(weights differ\)"):
+        run()
 
 
 def recall(*options: Any) -> Result:
