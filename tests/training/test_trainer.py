@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import flexselect
 from flexselect.core.errors import CheckpointError
 from flexselect.testbed.locate import checkpoint_folder
+from flexselect.tests.paths import ROOT
 from flexselect.training.accuracy import needle_videos
 from flexselect.training.examples import read_examples
 from flexselect.training.rank import rank
@@ -185,18 +186,37 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(plain, recipe_file, data, t
     _same_run(plain, tmp_path, 1e-6)
 
 
-def test_two_processes_equal_one(plain, recipe_file, data, tmp_path):
-    halves = tmp_path / "recipe.yaml"
-    halves.write_text(yaml.safe_dump({**SETTINGS, "samples_per_device": 1, "devices": 2}))
+def _two_processes(data: Path, folder: Path, *options: str) -> Path:
+    """Train with half of the samples of a step in each of two processes, with gloo."""
+    halves = folder / "recipe.yaml"
+    halves.write_text(yaml.safe_dump({**SETTINGS, "samples_per_device": 1}))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     subprocess.run(
-        _command(halves, data, tmp_path / "out", *launcher),
-        env=_environment(),
+        [*_command(halves, data, folder / "out", *launcher), *options],
+        env={**_environment(), "DS_ACCELERATOR": "cpu"},
         check=True,
         stderr=subprocess.PIPE,
-        timeout=300,
+        timeout=600,
     )
-    _same_run(plain, tmp_path / "out", 1e-3)
+    return folder / "out"
+
+
+def test_two_processes_equal_one(plain, data, tmp_path):
+    _same_run(plain, _two_processes(data, tmp_path), 1e-3)
+
+
+def test_weights_sharded_by_deepspeed_learn_the_same(plain, data, tmp_path):
+    # Stage 3 shards weights, gradients and optimiser: stages 1 and 2 do less of the same. The first
+    # run of DeepSpeed on a machine compiles how its processes talk.
+    pytest.importorskip("deepspeed")
+    stage = ROOT / "shared_configs" / "deepspeed" / "zero3.json"
+    out = _two_processes(data, tmp_path, "--deepspeed", str(stage))
+    ours, theirs = ([r for r in _log(run) if "grad_norm" in r] for run in (plain, out))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3, abs=1e-3)
+    weights = _weights(out)
+    for name, value in _weights(plain).items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-3)
 
 
 def test_a_finished_run_is_not_trained_again_and_another_one_is_refused(
