@@ -1,0 +1,50 @@
+"""The tiny Lite selectors that come with the project: small, loadable, and of use."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+import flexselect
+from flexselect.inference.presets import preset_of
+from flexselect.testbed.locate import FAMILIES, FOLDER, checkpoint_folder, selector_folder
+from flexselect.training.accuracy import compare, needle_videos
+
+COMMITTED = [name for name in FAMILIES if (FOLDER.parent / "selectors" / name).is_dir()]
+
+
+@pytest.fixture(params=COMMITTED, scope="module")
+def trained(request: pytest.FixtureRequest) -> tuple[str, Any, Any]:
+    name = request.param
+    model = flexselect.load_model(checkpoint_folder(name), dtype="float32", device="cpu")
+    return name, model, flexselect.load_selector(selector_folder(name), model)
+
+
+def test_it_says_what_it_learned_from(trained):
+    name, model, selector = trained
+    preset = preset_of(flexselect.architecture_of(model))
+    assert selector.config.teacher_layer == preset.method["layer"]
+    assert selector.aggregation == preset.method["aggregation"]
+    assert selector.config.teacher_model == f"testbed/checkpoints/{name}"
+    assert selector.config.base_model == f"testbed/students/{name}"
+    assert (selector_folder(name) / "model.safetensors").stat().st_size < 2**20
+
+
+def test_its_record_is_whole_and_it_comes_near_its_teacher(trained):
+    name, _, _ = trained
+    summary = json.loads((selector_folder(name) / "summary.json").read_text())
+    assert summary["spearman"] > 0.8
+    assert summary["accuracy_lite"] > summary["accuracy_training_free"] - 0.06
+    assert summary["comparison"]["frames"] == 512
+
+
+def test_it_finds_needles(trained, tmp_path):
+    name, model, selector = trained
+    processor = flexselect.load_processor(checkpoint_folder(name))
+    videos = needle_videos(tmp_path, split="validation", frames=128, count=4, questions=3)
+    found = compare(model, processor, selector, videos)
+    assert found.questions == 12
+    assert found.lite_recall >= 0.75
+    assert found.lite >= 0.7
