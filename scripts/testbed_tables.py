@@ -54,7 +54,7 @@ def write_report(results: Mapping[str, Any], path: Path) -> None:
 
 def _family_report(family: str, cells: Mapping[str, Any]) -> str:
     parts = [f"## {family}", _accuracy(cells), _layers(cells, "test", LAYER_TITLE)]
-    parts += [_time(cells), _weak(cells), _knobs(cells), _layers(cells, "validation", LOOKED_AT)]
+    parts += [_weak(cells), _knobs(cells), _layers(cells, "validation", LOOKED_AT)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -105,18 +105,6 @@ def _layers(cells: Mapping[str, Any], split: str, title: str) -> str:
 
 def _asking(asks: str) -> str:
     return "as in the preset" if "None" in asks else asks
-
-
-def _time(cells: Mapping[str, Any]) -> str:
-    rows = []
-    for name in _METHODS:
-        cell = cells.get(f"test/512/retrieval/{name}")
-        if cell and cell["seconds"]:
-            stages = {k: 1000 * v / cell["asked"] for k, v in cell["seconds"].items()}
-            rows.append([name, *(f"{stages.get(s, 0):.0f}" for s in ("rank", "gather", "prefill"))])
-    if not rows:
-        return ""
-    return _table(["ms a question, 512 frames", "rank", "gather", "prefill"], rows)
 
 
 def _weak(cells: Mapping[str, Any]) -> str:
