@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.errors import OptionError
 from .pairing import DRAWS, Paired, holm, paired
-from .plan import RECORD, SAMPLES, SUMMARY, read_json
+from .plan import RECORD, ROWS, SAMPLES, SUMMARY, read_json
 from .prompts import LOCAL
 from .scores import half_width
 
@@ -47,7 +47,7 @@ class Contender:
     ----------
     label : what the tables call it.
     folder : of the run.
-    rows : task to its row of the summary.
+    rows : task to its figures.
     samples : task to samples by row of the data set.
     settings : everything that decided it, by name.
     """
@@ -156,20 +156,20 @@ def markdown(comparison: Comparison) -> str:
 
 
 def _read_run(folder: Path) -> Iterator[Contender]:
-    record, summary = read_json(folder / RECORD), read_json(folder / SUMMARY)
+    record, figures = read_json(folder / RECORD), read_json(folder / ROWS)
     if not isinstance(record, dict) or "decides" not in record:
         inside = " Name one of the runs in it." if any(folder.glob(f"*/{RECORD}")) else ""
         raise OptionError(
             f"{folder} is no run: there is no readable {RECORD} in it.{inside} A run is a folder "
             "that `flexselect eval` has written."
         )
-    if not isinstance(summary, list):
+    if not isinstance(figures, list) or not (folder / SUMMARY).exists():
         raise OptionError(
             f"{folder} is a run that has not finished: there is no {SUMMARY} in it. Start the same "
             "`flexselect eval` again, it continues."
         )
-    for method in dict.fromkeys(row["method"] for row in summary):
-        rows = [row for row in summary if row["method"] == method]
+    for method in dict.fromkeys(row["method"] for row in figures):
+        rows = [row for row in figures if row["method"] == method]
         samples = _read_samples(folder / method / SAMPLES) if rows[0]["note"] is None else {}
         yield Contender(
             label=method,

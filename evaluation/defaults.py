@@ -44,7 +44,8 @@ def make_plan(
     OptionError
         A method or an option is unknown or out of range, or a selector is missing.
     CheckpointError
-        The family's tiny checkpoint is not there.
+        The family's tiny checkpoint is not there, or its tiny selector, if flexselect-lite is
+        named.
     """
     family = family_named(family)
     tiny = checkpoint is None
@@ -68,11 +69,18 @@ def make_plan(
             try:
                 given["selector"] = _selector(family, selector, tiny)
             except CheckpointError as error:
+                if methods is not None:
+                    raise
                 missing[name] = str(error)
                 continue
         chosen[name] = given
-    if not chosen:
-        raise OptionError(f"Nothing can be run: {' '.join(missing.values())}")
+    if budget is not None and set(named) <= {Full.name}:
+        raise OptionError(f"budget={budget}: of {', '.join(named)} none drops tokens.")
+    if layer is not None and FlexSelect.name not in named:
+        raise OptionError(
+            f"layer={layer}: only {FlexSelect.name} reads a layer of the model, and it is not "
+            f"among the methods ({', '.join(named)})."
+        )
     every = {name: value for name, value in (shared or {}).items() if value is not None}
     for given in chosen.values():
         parse_arguments({"pretrained": model, **every, **given})

@@ -13,11 +13,15 @@ from typing import Any
 import torch
 
 from ..core.hub import local_folder
+from ..inference.registry import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 
 #: Folders of the house whose code and settings an answer comes from.
-_ANSWERING = ("core", "inference", "internvl", "llava_video", "qwen2_5_vl", "shared_configs/models")
+ANSWERING = (
+    *("core", "evaluation", "inference", "shared_configs/models"),
+    *sorted({family for family, _ in FAMILIES.values()}),
+)
 _VERSIONS = ("flexselect", "torch", "transformers", "tokenizers", "av", "lmms-eval", "accelerate")
 
 #: Bytes read at the start, the middle and the end of a large file.
@@ -51,20 +55,20 @@ def checkpoint_digest(path_or_id: str) -> str:
 def code_digest() -> str:
     """Name the code and the presets that answers come from by their content."""
     state = hashlib.sha256()
-    for folder in _ANSWERING:
+    for folder in ANSWERING:
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".py", ".yaml"):
                 state.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return state.hexdigest()[:16]
 
 
-def file_identity(path: str) -> list[Any]:
+def file_identity(path: str) -> tuple[Any, ...]:
     """Tell a file from what may lie at its place later: path, bytes, time of change; or no file."""
     try:
         stat = Path(path).stat()
     except OSError:
-        return [path, None]
-    return [path, stat.st_size, stat.st_mtime_ns]
+        return (path, None)
+    return (path, stat.st_size, stat.st_mtime_ns)
 
 
 def versions() -> dict[str, str]:

@@ -171,6 +171,7 @@ class FlexSelectModel(lmms):
             return self._answer_all(own)
         # Pictures stay with the process that has them.
         movable = [q for q in own if q.videos and not q.has_images]
+        staying = [q for q in own if not q.videos or q.has_images]
         others: list[Any] = [None] * self.world_size
         dist.all_gather_object(others, movable)
         everyone = sorted(
@@ -178,7 +179,7 @@ class FlexSelectModel(lmms):
             key=lambda q: (q.task, q.doc_id, q.ordinal),
         )
         mine = deal(by_video(everyone), self.world_size)[self.rank]
-        rows = self._answer_all([*mine, *(q for q in own if q not in movable)])
+        rows = self._answer_all([*mine, *staying])
         answered: list[Any] = [None] * self.world_size
         dist.all_gather_object(answered, rows)
         return {key: row for part in answered for key, row in part.items()}

@@ -15,7 +15,6 @@ from ..core.errors import FlexSelectError, OptionError
 from .identity import (
     checkpoint_digest,
     code_digest,
-    file_identity,
     git_revision,
     machine,
     versions,
@@ -23,6 +22,9 @@ from .identity import (
 from .journal import digest
 
 RECORD, SUMMARY, TABLE, SAMPLES = "run.json", "summary.json", "table.md", "samples.jsonl"
+
+#: Every figure, of a method in its folder and of all methods in the run's.
+ROWS = "rows.json"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Plan:
             for name, given in self.methods.items()
             if "selector" in given
         }
-        tasks = sorted(path for each in self.include for path in Path(each).rglob("*.yaml"))
+        # Their files of rows count question by question, see `questions.Question.key`.
+        tasks = [path for each in self.include for path in sorted(Path(each).rglob("*"))]
         return {
             "family": self.family,
             "checkpoint": self.checkpoint,
@@ -74,7 +77,11 @@ class Plan:
             "methods": {name: dict(given) for name, given in self.methods.items()},
             "missing": dict(self.missing),
             "tasks": list(self.tasks),
-            "include": [file_identity(str(path)) for path in tasks],
+            "include": [
+                [str(path), digest(path.read_text(encoding="utf-8", errors="replace"))]
+                for path in tasks
+                if path.suffix in (".py", ".yaml")
+            ],
             "limit": self.limit,
             "shared": dict(self.shared),
             "code": code_digest(),

@@ -14,9 +14,10 @@ from typing import Any
 
 from ..core.errors import OptionError
 from ..inference.methods import FlexSelect, Full
+from ..inference.policy import SAMPLING
 from .arguments import LITE
 from .identity import ROOT
-from .plan import RECORD, SUMMARY, read_json, write_json
+from .plan import RECORD, ROWS, SUMMARY, read_json, write_json
 from .prompts import LOCAL
 from .scores import half_width
 
@@ -152,15 +153,17 @@ def keep(run: Path, folder: Path) -> Path:
     OptionError
         ``run`` holds no finished run.
     """
-    record, rows = read_json(run / RECORD), read_json(run / SUMMARY)
-    if not isinstance(record, dict) or not isinstance(rows, list) or not rows:
+    record, rows = read_json(run / RECORD), read_json(run / ROWS)
+    finished = (run / SUMMARY).exists()
+    if not finished or not isinstance(record, dict) or not isinstance(rows, list) or not rows:
         raise OptionError(
             f"{run} is no finished run of `flexselect eval`: {RECORD} and {SUMMARY} must be in it."
         )
     plan = record["plan"]
     needed = {
         "plan": {
-            name: plan[name] for name in ("family", "checkpoint", "methods", "tasks", "limit")
+            name: plan[name]
+            for name in ("family", "checkpoint", "methods", "tasks", "limit", "shared")
         },
         "versions": record["decides"].get("versions"),
         **{name: record.get(name) for name in ("machine", "started", "finished", "git")},
@@ -238,9 +241,9 @@ def _table(model: Model, runs: Sequence[Kept]) -> list[str]:
 
 
 def _ours(model: Model, method: str, task: str, runs: Sequence[Kept]) -> str:
-    """Return the latest figure of a whole task, or nothing."""
+    """Return the latest figure of what `command` runs, or nothing."""
     for run in reversed(runs):
-        if _is_of(run, model) and run.record["plan"].get("limit") is None:
+        if _is_of(run, model) and _as_commanded(run, model, method):
             for row in run.rows:
                 named = (row["method"], row["task"].removesuffix(LOCAL))
                 if named == (method, task) and row["accuracy"] is not None:
@@ -252,9 +255,25 @@ def _is_of(run: Kept, model: Model) -> bool:
     return Path(run.checkpoint).name == Path(model.checkpoint).name
 
 
+def _as_commanded(run: Kept, model: Model, method: str) -> bool:
+    """Tell whether a run asked a method all questions with the settings that `command` names."""
+    plan = run.record["plan"]
+    own = {name: v for name, v in plan["methods"].get(method, {}).items() if name != "method"}
+    if "selector" in own:
+        own["selector"] = Path(own["selector"]).name
+    looked_at = {name: v for name, v in plan["shared"].items() if name in SAMPLING}
+    selector, frames = {}, {}
+    if method == LITE and model.selector is not None:
+        selector = {"selector": Path(model.selector).name}
+    if method == Full.name and model.frames is not None:
+        frames = {"frames": model.frames}
+    return plan["limit"] is None and own == selector and looked_at == frames
+
+
 def _percent(row: Mapping[str, Any]) -> str:
     half = half_width(dict(row))
-    return f"{100 * row['accuracy']:.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
+    text = f"{100 * row['accuracy']:.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
+    return text + (f" ({row['failed']} without video)" if row["failed"] else "")
 
 
 def _other(run: Kept) -> list[str]:
@@ -289,7 +308,8 @@ mlvu, longvideobench and lvbench (`HF_HOME` then also holds what the hub's clien
 one cell name its task alone in `TASKS=`; the columns are, in this order,
 {", ".join(f"`{task}`" for task in COLUMNS)}.
 A finished run is put into this page with
-`python scripts/results_page.py --add results/eval/MODEL/latest`.
+`python scripts/results_page.py --add results/eval/MODEL/latest`. One with a `LIMIT`, or with a
+budget, layer, frames or selector other than these commands', fills no cell.
 
 The page is written by `scripts/results_page.py` from `evaluation/published.py` and the runs kept in
 `docs/results/`; do not edit it by hand.""".splitlines()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -30,6 +30,8 @@ class Question:
         ``{"type": "video", "path": …}`` and ``{"type": "image", "digest": …}``.
     generation : the task's options of generation.
     error : why the task could not even name its video; None where it could.
+    files : what tells its videos from others that may come to lie there, as they were when it was
+        read: a video that is replaced while questions are asked changes no name.
     """
 
     task: str
@@ -39,6 +41,7 @@ class Question:
     turns: list[dict[str, Any]]
     generation: dict[str, Any]
     error: str | None = None
+    files: tuple[tuple[Any, ...], ...] = ()
 
     @property
     def videos(self) -> list[str]:
@@ -56,9 +59,8 @@ class Question:
         A video counts with its size and time of change, so one that was missing or damaged is
         asked about again once it has been replaced.
         """
-        files = [file_identity(path) for path in self.videos]
         where = [self.task, self.split, self.doc_id, self.ordinal]
-        return digest([settings, where, self.turns, files, self.generation, self.error])
+        return digest([settings, where, self.turns, self.files, self.generation, self.error])
 
     def _parts(self) -> list[dict[str, Any]]:
         return [part for turn in self.turns for part in turn["content"]]
@@ -86,7 +88,8 @@ def read_requests(requests: Sequence[Any], docs: Any) -> list[Question | None]:
         _, doc_to_messages, generation, doc_id, task, split = request.args
         where = (task, split, doc_id)
         turns, error = _ask_task(doc_to_messages, docs[task][split][doc_id], where)
-        questions.append(Question(*where, seen[where], turns, dict(generation), error))
+        question = Question(*where, seen[where], turns, dict(generation), error)
+        questions.append(replace(question, files=tuple(map(file_identity, question.videos))))
         seen[where] += 1
     return questions
 

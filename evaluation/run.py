@@ -15,6 +15,7 @@ import torch
 from ..core.errors import FlexSelectError, OptionError
 from .plan import (
     RECORD,
+    ROWS,
     SUMMARY,
     TABLE,
     Plan,
@@ -24,7 +25,7 @@ from .plan import (
     write_json,
     write_text,
 )
-from .scores import missing_row
+from .scores import SUMMARISED, missing_row
 from .tables import markdown, savings
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,10 @@ def perform(folder: Path, plan: Plan) -> list[Row]:
         title = f"{plan.family}: {', '.join(plan.tasks)}"
         write_text(folder / TABLE, markdown(rows, title, notes))
         _finish_record(folder, plan)
-        write_json(folder / SUMMARY, rows)
+        write_json(folder / ROWS, rows)
         point_latest(folder)
+        # Last: a run with a summary is finished, and is not continued.
+        write_json(folder / SUMMARY, [{name: row[name] for name in SUMMARISED} for row in rows])
         return rows
     finally:
         os.close(lock)
@@ -66,7 +69,7 @@ def perform(folder: Path, plan: Plan) -> list[Row]:
 
 def gather_rows(folder: Path, plan: Plan) -> list[Row]:
     """Collect the rows of every method, task by task, those that could not run included."""
-    by_method = {method: read_json(folder / method / "rows.json") for method in plan.methods}
+    by_method = {method: read_json(folder / method / ROWS) for method in plan.methods}
     absent = [method for method, rows in by_method.items() if rows is None]
     if absent:
         raise FlexSelectError(f"{folder}: {', '.join(absent)} left no figures; see the logs there.")

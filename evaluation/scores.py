@@ -16,6 +16,20 @@ _COMPARED = (("pred_answer", "answer"), ("parsed_pred", "answer"), ("pred", "gro
 
 Row = dict[str, Any]
 
+#: What ``summary.json`` says of a row.
+SUMMARISED = (
+    "method",
+    "task",
+    "frames",
+    "samples",
+    "accuracy",
+    "stderr",
+    "visual_tokens",
+    "kept_tokens",
+    "ttft_s",
+    "stages",
+)
+
 
 def sample_score(value: Any) -> float | None:
     """Return 0 or 1 from what a task's ``process_results`` gives for a metric; None if it cannot.

@@ -11,6 +11,7 @@ from ..core.errors import VideoError
 from ..inference.engine import Engine
 from ..inference.features import FRAMES_PER_CHUNK
 from ..inference.session import Video, open_video
+from .identity import file_identity
 
 
 class OpenVideos:
@@ -50,10 +51,12 @@ class OpenVideos:
         Raises
         ------
         VideoError
-            The file is missing or damaged; said again, without another try, for every question.
+            The file is missing or damaged; said again for every question, without another try until
+            the file changes.
         """
         selector = engine.method.encodes_for
-        key = (path, id(engine.model), id(selector), backend, tuple(sorted(sampling.items())))
+        loaded = (id(engine.model), id(selector))
+        key = (file_identity(path), loaded, backend, tuple(sorted(sampling.items())))
         kept = self._kept.get(key)
         fresh = kept is None
         if kept is None:

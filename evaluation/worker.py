@@ -32,14 +32,11 @@ from .arguments import parse_arguments
 from .loaded import Loaded
 from .model import CLASSES, FlexSelectModel
 from .needle import TASKS, prepare
-from .plan import SAMPLES, Plan, load_plan, write_json, write_text
+from .plan import ROWS, SAMPLES, Plan, load_plan, write_json, write_text
 from .prompts import give_prompt
 from .scores import group_row, task_row, task_samples
 
 logger = logging.getLogger(__name__)
-
-#: File of a method's figures.
-ROWS = "rows.json"
 
 #: What the harness writes, below a method's folder.
 HARNESS = "lmms_eval"

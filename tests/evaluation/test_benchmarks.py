@@ -81,7 +81,7 @@ def latest(runs: Path, family: str) -> Path:
 
 
 def rows(run: Path, task: str) -> list[dict[str, Any]]:
-    found = json.loads((run / "summary.json").read_text())
+    found = json.loads((run / "rows.json").read_text())
     return [row for row in found if row["task"] == f"{task}_local"]
 
 

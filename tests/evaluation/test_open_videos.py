@@ -49,7 +49,7 @@ def test_another_look_at_the_video_is_another_opening(tiny, videos, opening):
     engine, kept = Engine(model, flexselect.Full()), OpenVideos(1.0)
     few, _ = kept.get(str(videos[0]), engine, processor, sampling={"frames": 4}, **HOW)
     many, _ = kept.get(str(videos[0]), engine, processor, sampling={"frames": 8}, **HOW)
-    assert few.record["pictures"], many.record["pictures"] == (4, 8)
+    assert (few.record["pictures"], many.record["pictures"]) == (4, 8)
     assert len(opening) == 2
 
 
@@ -70,7 +70,7 @@ def test_the_least_recently_used_is_let_go(tiny, videos, opening):
     ]
 
 
-def test_a_damaged_video_is_tried_once_and_named_every_time(tiny, tmp_path, opening):
+def test_a_damaged_video_is_tried_once_until_it_changes(tiny, videos, tmp_path, opening):
     model, processor = tiny
     engine, kept = Engine(model, flexselect.Full()), OpenVideos(1.0)
     path = tmp_path / "broken.mp4"
@@ -80,3 +80,8 @@ def test_a_damaged_video_is_tried_once_and_named_every_time(tiny, tmp_path, open
             kept.get(str(path), engine, processor, sampling={}, **HOW)
     assert opening == [str(path)]
     assert (kept.opened, kept.shared) == (0, 0)
+    # Replaced, it is another file.
+    path.write_bytes(videos[0].read_bytes())
+    video, fresh = kept.get(str(path), engine, processor, sampling={}, **HOW)
+    assert fresh
+    assert video.record["pictures"] == 8

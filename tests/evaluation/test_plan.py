@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flexselect.core.errors import CheckpointError, FlexSelectError, OptionError
-from flexselect.evaluation import defaults
+from flexselect.evaluation import defaults, identity
 from flexselect.evaluation.defaults import ALL, BENCHMARKS, NEEDLES, make_plan
 from flexselect.evaluation.plan import (
     RECORD,
@@ -24,7 +24,9 @@ from flexselect.evaluation.plan import (
     read_json,
     write_json,
 )
+from flexselect.inference.registry import FAMILIES
 from flexselect.testbed.locate import checkpoint_folder
+from flexselect.tests.paths import ROOT
 
 TINY = str(checkpoint_folder("qwen2_5_vl"))
 
@@ -86,6 +88,28 @@ def test_another_checkpoint_in_the_same_place_begins_anew(tmp_path: Path, plan: 
         file.write(b"x")
     checkpoint_digest.cache_clear()
     assert choose_folder(tmp_path / "runs", plan, fresh=False)[0] != first
+
+
+def test_other_tasks_in_the_same_folder_begin_anew_and_the_same_written_again_do_not(
+    tmp_path: Path, plan: Plan
+):
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    plan = replace(plan, include=[str(folder)])
+    (folder / "talks.yaml").write_text("task: talks")
+    (folder / "scores.py").write_text("right = 1")
+    first, _ = choose_folder(tmp_path / "runs", plan, fresh=False)
+    os.utime(folder / "talks.yaml", ns=(1, 1))
+    assert choose_folder(tmp_path / "runs", plan, fresh=False) == (first, True)
+    (folder / "scores.py").write_text("right = 0")
+    assert choose_folder(tmp_path / "runs", plan, fresh=False)[0] != first
+
+
+def test_what_answers_come_from_is_part_of_the_code():
+    folders = {folder.split("/")[0] for folder in identity.ANSWERING}
+    assert {family for family, _ in FAMILIES.values()} <= folders
+    assert {"core", "inference", "evaluation", "shared_configs"} <= folders
+    assert all((ROOT / folder).is_dir() for folder in identity.ANSWERING)
 
 
 def test_a_run_that_is_going_on_is_left_alone(tmp_path: Path, plan: Plan):
@@ -157,6 +181,15 @@ def test_a_real_model_runs_the_benchmarks():
     assert plan.methods["flexselect-lite"]["selector"] == "c/d"
 
 
+def test_a_method_that_is_named_must_run(monkeypatch):
+    def no_selector(family):
+        raise CheckpointError("no Lite selector. Train it")
+
+    monkeypatch.setattr(defaults, "selector_folder", no_selector)
+    with pytest.raises(CheckpointError, match="Train it"):
+        make_plan("qwen", methods="full,flexselect-lite")
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [
@@ -165,6 +198,8 @@ def test_a_real_model_runs_the_benchmarks():
         ({"methods": ","}, "methods"),
         ({"checkpoint": "a/b", "methods": "flexselect-lite"}, "selector"),
         ({"budget": 0}, "budget"),
+        ({"budget": 8, "methods": "full"}, "budget"),
+        ({"layer": 3, "methods": "full,uniform"}, "layer"),
         ({"shared": {"frames": 8, "fps": 1.0}}, "fps"),
         ({"include": [Path("/nowhere")]}, "nowhere"),
     ],

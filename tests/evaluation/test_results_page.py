@@ -117,8 +117,8 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
 def run_of(folder: Path, checkpoint: str, rows: list[dict[str, Any]], **changed: Any) -> Path:
     folder.mkdir(parents=True)
     plan: dict[str, Any] = {"family": "qwen2_5_vl", "checkpoint": checkpoint}
-    plan.update(tasks=[], limit=None)
-    plan["methods"] = {LITE: {"selector": "/home/me/selectors/mine"}}
+    plan.update(tasks=[], limit=None, shared={})
+    plan["methods"] = {row["method"]: {"method": row["method"]} for row in rows}
     record = {
         "plan": {**plan, **changed, "include": ["/home/me/tasks"]},
         "decides": {"versions": {"torch": "2"}},
@@ -126,14 +126,16 @@ def run_of(folder: Path, checkpoint: str, rows: list[dict[str, Any]], **changed:
         "started": folder.name,
     }
     (folder / "run.json").write_text(json.dumps(record))
-    (folder / "summary.json").write_text(json.dumps(rows))
+    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "summary.json").write_text("[]")
     return folder
 
 
 def row(method: str, task: str, accuracy: float | None) -> dict[str, Any]:
     figures = {"accuracy": accuracy, "stderr": 0.0, "frames": 512.0, "ttft_s": 1.5}
     tokens = {"visual_tokens": 9000.0, "kept_tokens": 64.0}
-    return {"method": method, "task": task, "samples": 1000, "note": None, **figures, **tokens}
+    counts = {"samples": 1000, "failed": 0, "note": None}
+    return {"method": method, "task": task, **counts, **figures, **tokens}
 
 
 def line_of(text: str, model: str, method: str) -> str:
@@ -160,9 +162,40 @@ def test_runs_fill_their_cells_and_no_others(tmp_path: Path) -> None:
     assert line_of(text, "Qwen2.5-VL-72B", "flexselect") == "| | here |  |  |  |  |  |"
 
 
+LLAVA = "lmms-lab/LLaVA-Video-7B-Qwen2"
+
+
+@pytest.mark.parametrize(
+    ("given", "shared", "fills"),
+    [
+        ({"method": "full"}, {"frames": 64}, True),
+        ({"method": "full"}, {"frames": 64, "device": "cuda", "batch_size": 4}, True),
+        ({"method": "full"}, {"frames": 512}, False),
+        ({"method": "full"}, {}, False),
+        ({"method": "flexselect"}, {}, True),
+        ({"method": "flexselect"}, {"fps": 1}, False),
+        ({"method": "flexselect", "budget": 9}, {}, False),
+        ({"method": LITE, "selector": "/data/flexselect_llava_video"}, {}, True),
+        ({"method": LITE, "selector": "/data/mine"}, {}, False),
+    ],
+)
+def test_only_what_the_command_runs_fills_a_cell(
+    tmp_path: Path, given: dict[str, Any], shared: dict[str, Any], fills: bool
+) -> None:
+    method = given["method"]
+    rows = [row(method, "lvbench", 0.512) | {"failed": 3}]
+    run = run_of(tmp_path / "1", LLAVA, rows, methods={method: given}, shared=shared)
+    keep(run, tmp_path / "kept")
+    [kept] = kept_runs(tmp_path / "kept")
+    cell = line_of(page([kept]), "LLaVA-Video-7B", method).split(" | ")[-1]
+    assert ("51.2 ± 3.1 (3 without video)" in cell) == fills
+
+
 def test_a_kept_run_says_nothing_about_folders_of_a_machine(tmp_path: Path) -> None:
     tiny = str(ROOT / "testbed" / "checkpoints" / "qwen2_5_vl")
-    path = keep(run_of(tmp_path / "1", tiny, [row("full", "needle_16", 1.0)]), tmp_path / "kept")
+    methods = {"full": {"method": "full"}, LITE: {"selector": "/home/me/selectors/mine"}}
+    run = run_of(tmp_path / "1", tiny, [row("full", "needle_16", 1.0)], methods=methods)
+    path = keep(run, tmp_path / "kept")
     assert path.name == "qwen2_5_vl-1.json"
     assert "/home" not in path.read_text()
     assert str(ROOT) not in path.read_text()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from flexselect.evaluation.needle import TASKS, videos_folder
-from flexselect.evaluation.plan import SUMMARY, TABLE, Plan, choose_folder
+from flexselect.evaluation.plan import ROWS, SUMMARY, TABLE, Plan, choose_folder
 from flexselect.evaluation.run import perform
 from flexselect.evaluation.worker import evaluate_run
 from flexselect.testbed.locate import checkpoint_folder
@@ -85,7 +85,7 @@ def harness(folder: Path) -> list[Any]:
 
 
 def test_a_run_leaves_its_figures_and_what_decided_them(uninterrupted: Path):
-    rows = json.loads((uninterrupted / SUMMARY).read_text())
+    rows = json.loads((uninterrupted / ROWS).read_text())
     assert [row["method"] for row in rows] == ["flexselect", "random", "flexselect-lite"]
     first, second, missing = rows
     assert (first["samples"], first["frames"], first["failed"]) == (COUNT, 8, 0)
@@ -97,6 +97,11 @@ def test_a_run_leaves_its_figures_and_what_decided_them(uninterrupted: Path):
     # Eight videos were opened for the first method, and shared by all questions and methods.
     assert (first["opened"], second["opened"]) == (8, 0)
     assert missing["note"] == "there is no selector"
+    summary = json.loads((uninterrupted / SUMMARY).read_text())
+    names = ["method", "task", "frames", "samples", "accuracy", "stderr"]
+    names += ["visual_tokens", "kept_tokens", "ttft_s", "stages"]
+    assert [list(row) for row in summary] == [names] * 3
+    assert summary == [{name: row[name] for name in names} for row in rows]
     assert "| flexselect | needle_few | 8 | 16 → 8 |" in (uninterrupted / TABLE).read_text()
     assert (uninterrupted.parent / "latest").resolve() == uninterrupted.resolve()
 
