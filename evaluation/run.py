@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import logging
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,10 @@ from .plan import (
 from .scores import SUMMARISED, missing_row
 from .tables import markdown, savings
 
-logger = logging.getLogger(__name__)
-
 Row = dict[str, Any]
+
+#: PR_SET_PDEATHSIG of prctl(2).
+_SIGNAL_AT_PARENTS_DEATH = 1
 
 
 def perform(folder: Path, plan: Plan) -> list[Row]:
@@ -96,14 +99,30 @@ def _start_processes(folder: Path, count: int, lock: int) -> None:
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc_per_node", str(count), "-m", f"{__package__}.worker", str(folder)),
     ]
-    environment = {**os.environ, "TQDM_DISABLE": "1"}
-    # The lock goes along: should this process be killed, the others still hold it.
-    done = subprocess.run(command, env=environment, pass_fds=[lock], check=False)
-    if done.returncode:
+    code = run_to_the_end(command, {**os.environ, "TQDM_DISABLE": "1"}, lock)
+    if code:
         raise FlexSelectError(
-            f"{folder}: a process failed with exit code {done.returncode}; what it said is above. "
+            f"{folder}: a process failed with exit code {code}; what it said is above. "
             "The same command continues with the questions that are left."
         )
+
+
+def run_to_the_end(command: Sequence[str], environment: Mapping[str, str], lock: int) -> int:
+    """Run a command that ends with this process, even if that is killed; return its exit code.
+
+    Otherwise the GPUs stay busy, and the run is taken for one that is going on. Where the system
+    cannot do this (only Linux can), the command goes on alone, and ``lock`` says so.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def end_with_parent() -> None:
+        if libc is not None:
+            libc.prctl(_SIGNAL_AT_PARENTS_DEATH, signal.SIGTERM)
+
+    done = subprocess.run(
+        command, env=environment, pass_fds=[lock], preexec_fn=end_with_parent, check=False
+    )
+    return done.returncode
 
 
 def _notes(folder: Path, rows: list[Row], seconds: float) -> list[str]:

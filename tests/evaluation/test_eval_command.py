@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -52,13 +53,17 @@ def test_a_failed_run_is_a_failed_command_and_goes_on_later(tmp_path: Path, monk
 
 
 def test_make_eval_passes_on_what_is_given():
-    command = ["make", "-n", "eval", "MODEL=internvl", "CKPT=a b/c", "TASKS=x,y", "GPUS=8"]
+    options = ("ckpt", "tasks", "methods", "selector", "budget", "layer", "frames", "fps")
+    options += ("gpus", "limit", "include")
+    given = [f"{name.upper()}=a {name}" for name in options]
+    command = ["make", "-n", "eval", "MODEL=internvl", *given, "ARGS=--fresh"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     (words,) = re.findall(r"flexselect eval .*", " ".join(done.stdout.replace("\\\n", "").split()))
-    assert words == "flexselect eval internvl --ckpt 'a b/c' --tasks 'x,y' --gpus '8'"
+    passed = [word for name in options for word in (f"--{name}", f"a {name}")]
+    assert shlex.split(words) == ["flexselect", "eval", "internvl", *passed, "--fresh"]
 
 
 def test_the_table_is_printed_and_kept(tmp_path: Path, cache: Path, own_accelerate):

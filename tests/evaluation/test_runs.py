@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flexselect.core.errors import FlexSelectError, OptionError
 from flexselect.evaluation.needle import TASKS, videos_folder
-from flexselect.evaluation.plan import ROWS, SUMMARY, TABLE, Plan, choose_folder
+from flexselect.evaluation.plan import ROWS, SUMMARY, TABLE, Plan, choose_folder, hold
 from flexselect.evaluation.run import perform
 from flexselect.evaluation.worker import evaluate_run
 from flexselect.testbed.locate import checkpoint_folder
@@ -162,11 +165,32 @@ def test_two_processes_give_the_result_of_one(plan: Plan, tmp_path: Path, uninte
     assert not videos[0] & videos[1]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the system has no such signal")
+def test_processes_end_with_the_command_that_is_killed(tmp_path: Path):
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from flexselect.evaluation.plan import hold\n"
+        "from flexselect.evaluation.run import run_to_the_end\n"
+        "sleep = [sys.executable, '-c', 'print(1, flush=True); import time; time.sleep(300)']\n"
+        "run_to_the_end(sleep, {}, hold(Path(sys.argv[1])))"
+    )
+    command = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert command.stdout is not None
+    assert command.stdout.readline() == "1\n"
+    with pytest.raises(FlexSelectError, match="another process"):
+        hold(tmp_path)
+    command.kill()
+    command.wait()
+    # Ends when the last process that writes to it does.
+    assert command.stdout.read() == ""
+    os.close(hold(tmp_path))
+
+
 def test_damaged_and_missing_videos_are_counted_and_end_nothing(
     plan: Plan, tasks: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from dataclasses import replace
-
     config = (tasks / "few.yaml").read_text().replace("needle.video_of", "ask_video")
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -215,10 +239,6 @@ def test_damaged_and_missing_videos_are_counted_and_end_nothing(
 
 
 def test_a_task_that_is_nowhere_is_named(plan: Plan, tmp_path: Path):
-    from dataclasses import replace
-
-    from flexselect.core.errors import OptionError
-
     plan = replace(plan, tasks=["needle_none"])
     folder, _ = choose_folder(tmp_path, plan, fresh=False)
     with pytest.raises(OptionError, match="needle_none"):
