@@ -34,7 +34,7 @@ export FLEXSELECT_SHARED
 .PHONY: help install test lint pytest format fixtures eval recall train-selector docs bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## set up .venv with the pinned versions (costs nothing when up to date)
 
