@@ -214,7 +214,7 @@ def keep_freed_memory() -> None:
     it has seen freed, so it is shown one block, of which no page is ever touched. Elsewhere this
     does nothing.
     """
-    torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
+    torch.empty(_LARGEST_KEPT, dtype=torch.uint8, device="cpu")
 
 
 def release_cache() -> None:

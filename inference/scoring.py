@@ -264,7 +264,7 @@ def _pass_by_pass(
             failed = False
         if failed:
             # Only out here has the traceback let go of the pass's activations.
-            stacked = torch.empty(0)
+            stacked, embeds = torch.empty(0), []
             sets_per_batch = len(batch) // 2
             logger.warning(
                 "Out of device memory while scoring %d sets at a time; going on with %d.",

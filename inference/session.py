@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,7 @@ from .methods import FlexSelect, Method
 from .pictures import choose_pictures, whole_groups, with_stamps
 from .policy import resolve_sampling
 from .timing import Clock, Tee
-from .video import (
-    DecodeReport,
-    probe,
-    read_frames,
-)
+from .video import DecodeReport, probe, read_frames
 
 #: Answers are short unless asked otherwise.
 MAX_NEW_TOKENS = 256
@@ -295,26 +292,30 @@ def open_video(
     clips: list[Clip] = []
     shown: list[Tensor] = []
 
-    def prepared() -> Iterator[tuple[Pixels, Tensor]]:
-        for pictures, times in ahead(whole_groups(stream, group)):
-            yield architecture.pixels(processor, pictures, spacing), times
+    def prepared() -> Generator[tuple[Pixels, Tensor], None, None]:
+        with closing(stream), closing(ahead(whole_groups(stream, group))) as groups:
+            for pictures, times in groups:
+                yield architecture.pixels(processor, pictures, spacing), times
 
-    def chunks() -> Iterator[Pixels]:
-        # Two threads work ahead of the tower: one decodes, one prepares what was decoded.
-        for pixels, times in ahead(prepared()):
-            clips.append(pixels.clip)
-            shown.append(times)
-            if progress is not None:
-                done = min(sum(-(-len(part) // group) for part in shown) * group, len(chosen))
-                progress("decode", done, len(chosen))
-            # Between one chunk asked for and the next, the time is the tower's.
-            clock.start("encode")
-            yield pixels
-            clock.start("decode")
+    def chunks() -> Generator[Pixels, None, None]:
+        # Two threads work ahead of the tower: one decodes, one prepares what was decoded. They are
+        # ended, not dropped: the traceback of an error would hold on to them and to the file.
+        with closing(ahead(prepared())) as pieces:
+            for pixels, times in pieces:
+                clips.append(pixels.clip)
+                shown.append(times)
+                if progress is not None:
+                    done = min(sum(-(-len(part) // group) for part in shown) * group, len(chosen))
+                    progress("decode", done, len(chosen))
+                # Between one chunk asked for and the next, the time is the tower's.
+                clock.start("encode")
+                yield pixels
+                clock.start("decode")
 
     frames = -(-len(chosen) // group)
     selector = engine.method.encodes_for
-    features = encode(architecture, chunks(), selector, frames_per_chunk, progress, frames)
+    with closing(chunks()) as stretches:
+        features = encode(architecture, stretches, selector, frames_per_chunk, progress, frames)
     clock.stop()
     clip = replace(clips[0], frames=sum(part.frames for part in clips))
     clip = with_stamps(architecture, clip, torch.cat(shown))

@@ -115,6 +115,12 @@ class FrameStream(Iterator[Frames]):
             )
         return Frames(frames, indices, self.info.timestamps[indices])
 
+    def close(self) -> None:
+        """Let go of the file; chunks that were not taken are lost."""
+        close = getattr(self._parts, "close", None)
+        if close is not None:
+            close()
+
     def _finish(self) -> None:
         decoded = np.concatenate([*self._decoded, np.zeros(0, dtype=np.int64)])
         lost = np.setdiff1d(self._indices, decoded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -254,6 +255,34 @@ def test_a_really_damaged_file(stock: Any, processor: Any) -> None:
     video = open_clip(stock, processor, path, fps=None, frames=50, frames_per_chunk=4)
     assert (video.record["pictures"], video.clip.frames) == (49, 25)
     check_pairs_of_survivors(video, processor, path)
+
+
+@pytest.mark.parametrize("where", ["decode", "prepare", "encode"])
+def test_an_interrupted_opening_leaves_no_thread_and_no_open_file(
+    stock: Any, processor: Any, clip: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """While the error is still held, as a notebook holds the last one."""
+
+    def stop(stage: str, *_: Any) -> None:
+        if stage == where:
+            raise KeyboardInterrupt
+
+    if where == "prepare":
+        monkeypatch.setattr(
+            type(processor.video_processor), "__call__", lambda *_, **__: stop(where)
+        )
+    with pytest.raises(KeyboardInterrupt) as held:
+        open_clip(stock, processor, clip, frames_per_chunk=2, progress=stop)
+    assert held.value.__traceback__ is not None
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("flexselect")]
+    assert clip not in open_files()
+
+
+def open_files() -> list[Path]:
+    """Files that this process has open; empty where the system does not tell."""
+    folder = Path("/proc/self/fd")
+    names = list(folder.iterdir()) if folder.exists() else []
+    return [name.readlink() for name in names if name.is_symlink()]
 
 
 # -- memory ----------------------------------------------------------------------------------------
