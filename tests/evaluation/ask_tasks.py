@@ -1,17 +1,23 @@
-"""Prints, as JSON, what lmms-eval asks of each family and which videos it opens for that.
+"""The benchmarks in a process of their own: what is asked of each family, then the runs.
 
-``python ask_tasks.py '["videomme_local"]' FOLDER...``, with HF_HOME set: a process of its own,
-because lmms-eval's tasks read HF_HOME while they are imported.
+``python ask_tasks.py WORK.json``, with HF_HOME set: lmms-eval's tasks read it while they are
+imported. All in one process, since starting it costs more than the answers.
+
+``WORK.json`` names the ``tasks``, the ``include`` folders with them, the file ``asked`` that is
+written, the videos to ``damage`` and to ``remove`` once that is done, and the ``commands`` of
+``flexselect`` that are run then.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from lmms_eval.tasks import TaskManager
 
+from flexselect.cli import app
 from flexselect.evaluation.prompts import give_prompt
 from flexselect.evaluation.scores import sample_score
 
@@ -33,16 +39,18 @@ def scored(task: Any, doc: dict[str, Any], answer: str) -> float | None:
     return sample_score(task.process_results(doc, [answer])[metric])
 
 
-def main() -> None:
-    tasks = json.loads(sys.argv[1])
-    manager = TaskManager(include_path=sys.argv[2:], include_defaults=False)
+def ask(tasks: list[str], include: list[str]) -> dict[str, Any]:
+    """Return by task what every family is asked, and which videos are opened for that."""
+    manager = TaskManager(include_path=include, include_defaults=False)
     found: dict[str, Any] = {}
     for name in tasks:
         task = manager.load_task_or_group(name, "chat")[name]
         docs = list(task.eval_docs)
         found[name] = {
             "default": [task.doc_to_text(doc) for doc in docs],
-            "videos": [task.doc_to_visual(doc) for doc in docs],
+            "videos": [
+                [(path, Path(path).is_file()) for path in task.doc_to_visual(doc)] for doc in docs
+            ],
             "scores": [
                 [scored(task, doc, letter) for letter in (right, "ABCDE"[right == "A"])]
                 for doc in docs
@@ -58,7 +66,17 @@ def main() -> None:
             shown = [[part["type"] for part in turns[0]["content"]] for turns in messages]
             assert all(kinds == ["video", "text"] for kinds in shown), shown
             found[name]["prompts"][family] = [turns[0]["content"][1]["text"] for turns in messages]
-    json.dump(found, sys.stdout)
+    return found
+
+
+def main() -> None:
+    work = json.loads(Path(sys.argv[1]).read_text())
+    asked = ask(work["tasks"], work["include"])
+    Path(work["asked"]).write_text(json.dumps(asked))
+    Path(work["damage"]).write_bytes(b"no video")
+    Path(work["remove"]).unlink()
+    for command in work["commands"]:
+        app(command, standalone_mode=False)
 
 
 if __name__ == "__main__":

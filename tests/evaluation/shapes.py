@@ -13,8 +13,9 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
+from flexselect.core.errors import CheckpointError
 from flexselect.evaluation.data import BENCHMARKS, prepare
-from flexselect.evaluation.data.tasks import tasks_folder
+from flexselect.testbed.locate import checkpoint_folder
 from flexselect.tests.paths import SMALL_MEDIA
 
 ROWS = Path(__file__).parent / "data"
@@ -29,6 +30,9 @@ TASKS = {
     "egoschema": "egoschema_subset",
     "mvbench": "mvbench_action_sequence",
 }
+
+#: Methods that are run on each.
+METHODS = ("full", "flexselect")
 
 #: Of LongVideoBench, in both of their forms.
 SUBTITLES = [
@@ -46,6 +50,15 @@ SUBTITLES = [
         ]
     ).encode(),
 ]
+
+
+def has_checkpoint(family: str) -> bool:
+    """Tell whether a family's tiny model is trained."""
+    try:
+        checkpoint_folder(family)
+    except CheckpointError:
+        return False
+    return True
 
 
 def rows_of(benchmark: str) -> list[dict[str, Any]]:
@@ -171,8 +184,3 @@ def prepare_all(folder: Path) -> Path:
         report = prepare(BENCHMARKS[name], root, make_source(folder / "sources" / name, name))
         assert not report.tasks[TASKS[name]].missing
     return root
-
-
-def include(root: Path) -> list[Path]:
-    """Return the folders of the task files."""
-    return [tasks_folder(root, BENCHMARKS[name]) for name in TASKS]

@@ -1,77 +1,30 @@
 """The six benchmarks through lmms-eval, from the hub's archives to the table, with tiny models.
 
-All families in one process: starting it costs more than the answers. Of two benchmarks one video is
-damaged and one is missing: both are counted, neither stops the run.
+Of two benchmarks one video is damaged and one is missing: both are counted, neither stops the run.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flexselect.core.errors import CheckpointError
 from flexselect.evaluation.compare import compare, markdown
-from flexselect.testbed.locate import checkpoint_folder
-from flexselect.tests.evaluation.shapes import TASKS, include, prepare_all, rows_of
+from flexselect.testbed.locate import FAMILIES
+from flexselect.tests.evaluation.shapes import METHODS, TASKS, has_checkpoint, rows_of
 
-FAMILIES = ("internvl", "llava_video", "qwen2_5_vl")
 GOLDEN = Path(__file__).parent / "golden"
-METHODS = ("full", "flexselect")
 
-#: Task to the rows whose video is damaged or missing.
+#: Task to the rows whose video is damaged or missing, see `benchmarks` in conftest.
 BROKEN = {"mlvu_dev": [1, 2], "egoschema_subset": [1]}
-
-RUN = """
-import json, sys
-from flexselect.cli import app
-for arguments in json.loads(sys.argv[1]):
-    app(arguments, standalone_mode=False)
-"""
-
-
-def has_checkpoint(family: str) -> bool:
-    try:
-        checkpoint_folder(family)
-    except CheckpointError:
-        return False
-    return True
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(benchmarks: Path) -> Path:
     """Folder of the runs of every family whose tiny checkpoint is there."""
-    folder = tmp_path_factory.mktemp("benchmarks")
-    root = prepare_all(folder)
-    (root / "mlvu" / "plot_2.mp4").write_bytes(b"no video")
-    (root / "egoschema" / "videos" / f"{rows_of('egoschema')[1]['video_idx']}.mp4").unlink()
-    commands = [
-        [
-            *("eval", family, "--methods", ",".join(METHODS)),
-            *("--tasks", ",".join(f"{task}_local" for task in TASKS.values())),
-            *(word for path in include(root) for word in ("--include", str(path))),
-            *("--out", str(folder / "runs"), "--frames", "4"),
-        ]
-        for family in FAMILIES
-        if has_checkpoint(family)
-    ]
-    environment = {**os.environ, "HF_HOME": str(root), "HF_HUB_OFFLINE": "1"}
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        environment[name] = "1"
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(commands)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "runs"
+    return benchmarks / "runs"
 
 
 def latest(runs: Path, family: str) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flexselect.core.errors import FlexSelectError, OptionError
 from flexselect.evaluation.needle import TASKS, videos_folder
@@ -48,7 +49,7 @@ def plan(tasks: Path) -> Plan:
         },
         tasks=["needle_few"],
         include=[str(tasks)],
-        shared={"record_selection": True},
+        shared={"record_selection": True, "device": "cpu"},
         missing={"flexselect-lite": "there is no selector"},
     )
 
@@ -61,8 +62,8 @@ def uninterrupted(plan: Plan, tmp_path_factory: pytest.TempPathFactory, cache: P
     return folder
 
 
-def worker(folder: Path, *launcher: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, *launcher, "-m", "flexselect.evaluation.worker", str(folder)]
+def worker(folder: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "flexselect.evaluation.worker", str(folder)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -150,10 +151,14 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(
     assert harness(folder) == harness(uninterrupted)
 
 
-def test_two_processes_give_the_result_of_one(plan: Plan, tmp_path: Path, uninterrupted: Path):
+def test_two_processes_give_the_result_of_one(
+    plan: Plan, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # Also where there is one GPU.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     folder, _ = choose_folder(tmp_path, plan, fresh=False)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    assert worker(folder, *launcher).wait() == 0
+    assert perform(folder, replace(plan, processes=2))[0]["samples"] == COUNT
     assert outcome(folder) == outcome(uninterrupted)
     assert harness(folder) == harness(uninterrupted)
     # No video was opened by both, although the harness deals the questions one by one.
