@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +31,7 @@ from .inference.registry import (
     load_processor,
 )
 from .inference.session import Answer, Video, check_question, open_video
-from .inference.terminal import err, out, progress_bars, stamp, user_errors
+from .inference.terminal import check_writable, err, out, progress_bars, stamp, user_errors
 from .inference.video import probe
 from .testbed.locate import checkpoint_folder
 
@@ -306,7 +305,12 @@ def _check_before_loading(
     check_question(question)
     for option, path in written.items():
         if path is not None:
-            _check_writable(option, path)
+            check_writable(option, path)
+    report = written["--report"]
+    if report is not None and report.is_dir():
+        raise OptionError(
+            f"--report {report} is a folder. Name a file, such as {report}/talk.html."
+        )
     probe(video)
 
 
@@ -360,18 +364,6 @@ def _show(report: dict[str, Any]) -> None:
     table.add_row("method", f"{method['method']}, preset {method['preset']}, {method['model']}")
     out.print()
     out.print(table)
-
-
-def _check_writable(option: str, path: Path) -> None:
-    """Raise `OptionError` where nothing can be saved to the ``path`` of an option."""
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if not path.name or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise OptionError(
-            f"{option} {path}: cannot write to {folder}. Name a file in a folder that can be "
-            "written to, such as out/talk."
-        )
 
 
 def _write_report(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from ..core.errors import FlexSelectError
+from ..core.errors import FlexSelectError, OptionError
 from .features import Progress
 
 out = Console(soft_wrap=True)
@@ -25,6 +27,20 @@ def user_errors() -> Iterator[None]:
     except FlexSelectError as error:
         err.print(f"flexselect: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error
+
+
+def check_writable(option: str, path: Path, kind: str = "file") -> None:
+    """Raise `OptionError` where no file, or folder, can be made at the ``path`` of an option."""
+    folder = path.absolute()
+    if kind == "file":
+        folder = folder.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not path.name or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OptionError(
+            f"{option} {path}: cannot write to {folder}. Name a {kind} in a folder that can be "
+            "written to, such as out/talk."
+        )
 
 
 @contextmanager

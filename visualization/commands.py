@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
-    from ..inference.engine import Engine
     from .recall import Curves
 
 _Model = Annotated[
@@ -62,7 +62,8 @@ def recall(
         typer.Option(help="V-NIAH: folder of needle pictures with their dataset.json."),
     ] = None,
     count: Annotated[
-        int | None, typer.Option(help="Videos; default: 24, or all of a folder of needle videos.")
+        int | None,
+        typer.Option(help="Videos; default: 24, or all of a folder of needle videos.", min=1),
     ] = None,
     frames: Annotated[
         int | None,
@@ -94,8 +95,8 @@ def recall(
     from ..inference.engine import Engine
     from ..inference.methods import FlexSelect
     from ..inference.registry import load_model, load_processor
+    from ..inference.terminal import check_writable, progress_bars, user_errors
     from ..inference.terminal import out as console
-    from ..inference.terminal import progress_bars, user_errors
     from .extras import need_matplotlib
     from .measuring import measure_recall
     from .needles import generated_videos, hidden_pictures, videos_with_needles
@@ -106,6 +107,7 @@ def recall(
             raise OptionError(
                 "--needles hides pictures in real videos; name a folder of them with --videos."
             )
+        check_writable("--out", out, "folder")
         given = {
             "selector": selector,
             "budget": budget,
@@ -199,8 +201,8 @@ def show(
     from ..inference.policy import check_sampling
     from ..inference.registry import load_model, load_processor
     from ..inference.session import check_question, open_video
+    from ..inference.terminal import check_writable, progress_bars, user_errors
     from ..inference.terminal import out as console
-    from ..inference.terminal import progress_bars, user_errors
     from ..inference.video import probe
     from .extras import need_matplotlib, need_sklearn
     from .layers import look
@@ -212,6 +214,9 @@ def show(
             need_sklearn()
         check_question(question)
         probe(video)
+        wanted = _layer_list(layers)
+        target = out or video.with_name(f"{video.stem}-seen")
+        check_writable("--out", target, "folder")
         given = {
             "selector": selector,
             "budget": budget,
@@ -234,14 +239,10 @@ def show(
             opened = open_video(
                 loaded, processor, video, method=method, progress=progress, **sampling
             )
-            seen = look(
-                opened,
-                question,
-                _layer_list(layers, opened.engine),
-                states=embeddings,
-                progress=progress,
-            )
-            target = out or video.with_name(f"{video.stem}-seen")
+            if wanted == "all":
+                scorer = opened.engine.method.encodes_for or opened.engine.architecture
+                wanted = range(scorer.num_layers)
+            seen = look(opened, question, wanted, states=embeddings, progress=progress)
             written = write_pictures(
                 seen, target, pictures=pictures, embeddings=embeddings, progress=progress
             )
@@ -274,34 +275,31 @@ def reports(
     from transformers.utils import logging as logging_of_transformers
 
     from ..inference.registry import load_model, load_processor
+    from ..inference.terminal import check_writable, progress_bars, user_errors
     from ..inference.terminal import out as console
-    from ..inference.terminal import progress_bars, user_errors
     from .wrong import report_wrong, wrong_answers
 
     with user_errors():
-        names = methods.split(",") if methods else []
+        names = [name.strip() for name in methods.split(",")] if methods else []
         checkpoint, wrong = wrong_answers(run, names, limit)
+        target = out or run / "reports"
+        check_writable("--out", target, "folder")
         logging_of_transformers.disable_progress_bar()
         with progress_bars(quiet) as progress:
             progress("load", 0, 1)
             processor = load_processor(checkpoint)
             loaded = load_model(checkpoint, dtype, device, device_map, attn)
             progress("load", 1, 1)
-            index = report_wrong(
-                loaded, processor, wrong, out or run / "reports", progress=progress
-            )
+            index = report_wrong(loaded, processor, wrong, target, progress=progress)
         console.print(f"{len(wrong)} wrong answers: {index}", markup=False, highlight=False)
 
 
-def _layer_list(text: str | None, engine: Engine) -> list[int] | None:
+def _layer_list(text: str | None) -> Sequence[int] | Literal["all"] | None:
     """Read the layers of ``--layers``; None where it is not given."""
     from ..core.errors import OptionError
 
-    if text is None:
-        return None
-    if text == "all":
-        scorer = engine.method.encodes_for or engine.architecture
-        return list(range(scorer.num_layers))
+    if text is None or text == "all":
+        return text
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:

@@ -267,7 +267,6 @@ def test_pictures_hidden_in_real_videos_are_measured(tmp_path: Path) -> None:
         (["--needles", "somewhere"], "name a folder of them with --videos"),
         (["--videos", SMALL_MEDIA], "no needle videos there"),
         (["--videos", "nowhere"], "nowhere is no folder"),
-        (["--count", 0], "--count 0 is out of range"),
         (["--count", 1, "--frames", 8, "--budget", 64], "covers all 16 visual tokens"),
         (["--model", "x", "--family", "qwen"], "leave it out where --model is given"),
         (["--family", "lama"], "no model family 'lama'"),
@@ -277,6 +276,20 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path, options: list[Any], sai
     result = recall(*options, "--out", tmp_path / "out")
     assert result.exit_code == 1
     assert said in result.stderr
+
+
+def test_a_number_below_its_least_is_named(tmp_path: Path) -> None:
+    """Counted from the end, all videos but the last would be measured."""
+    result = recall("--videos", tmp_path, "--count", -1)
+    assert result.exit_code == 2
+    assert "--count" in result.stderr
+
+
+def test_results_that_cannot_be_written_cost_no_measurement(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = recall("--model", tmp_path / "none", "--out", tmp_path / "file" / "out")
+    assert result.exit_code == 1
+    assert f"cannot write to {tmp_path / 'file'}" in result.stderr
 
 
 @pytest.mark.parametrize("command", [["recall"], ["show", SMALL_MEDIA / "h265_video.mp4", "What?"]])

@@ -257,6 +257,10 @@ def test_ask_writes_a_report(tmp_path: Path, needle_video: NeedleVideo) -> None:
     result = CliRunner().invoke(app, [*map(str, arguments), "--report", str(blocked)])
     assert result.exit_code == 1
     assert f"--report {blocked}: cannot write" in result.stderr
+    result = CliRunner().invoke(app, [*map(str, arguments), "--report", str(tmp_path)])
+    assert result.exit_code == 1
+    assert f"--report {tmp_path} is a folder" in result.stderr
+    assert "What" not in result.stdout
 
 
 @needs_browser

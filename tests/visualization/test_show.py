@@ -182,6 +182,19 @@ def test_what_cannot_be_shown_is_said(
     assert not (tmp_path / "seen").exists()
 
 
+def test_what_needs_no_model_is_said_before_one_is_loaded(
+    tmp_path: Path, needle_video: NeedleVideo
+) -> None:
+    blocked = needle_video.path / "seen"
+    for options, said in (
+        (["--out", blocked], f"--out {blocked}: cannot write to {needle_video.path}"),
+        (["--layers", "0,,2"], "--layers must be whole numbers"),
+    ):
+        result = show(needle_video.path, "What?", "--model", tmp_path / "none", *options)
+        assert result.exit_code == 1
+        assert said in result.stderr
+
+
 def test_a_method_that_does_not_rank_has_nothing_to_show(needle_video: NeedleVideo) -> None:
     video = open_with("qwen2_5_vl", needle_video.path, Uniform(budget=16))
     with pytest.raises(OptionError, match="'uniform' ranks nothing"):

@@ -90,7 +90,7 @@ def test_only_what_is_wrong_and_can_be_asked_is_reported(
 
 
 def test_the_command_asks_again_as_the_run_did(run: Path, needle_video: NeedleVideo) -> None:
-    command = ["reports", str(run), "--methods", "uniform", "--quiet"]
+    command = ["reports", str(run), "--methods", " uniform", "--quiet"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.stderr
     index = (run / "reports" / "index.html").read_text()
