@@ -32,9 +32,11 @@ PICTURE = (360, 640)
 _TEXT = 64
 
 _GIB = 2**30
-#: Bytes of a trained parameter in bfloat16 with AdamW: weight, gradient, and in float32 a copy of
-#: the weight and two moments.
-_WEIGHT, _GRADIENT, _OPTIMIZER = 2, 2, 12
+#: Bytes of a trained parameter for weight, gradient and optimiser. DeepSpeed holds the first two in
+#: bfloat16, and with AdamW's moments a copy of the weight in float32; DDP and FSDP hold all in
+#: float32 and compute in bfloat16.
+_SHARDED = 2, 2, 12
+_PLAIN = 4, 4, 8
 
 
 @dataclass(frozen=True)
@@ -203,12 +205,11 @@ def memory(
 ) -> dict[str, tuple[float, float, float, float, float]]:
     """Estimate bytes of one GPU by kind, for each way of sharding.
 
-    Weights of the teacher in bfloat16, whole on every GPU; of what is trained in bfloat16 with
-    AdamW in float32, in equal shares where a stage shards them. Activations: one state a layer with
-    checkpointing, everything without; the widest layer and the relevance come on top.
+    Weights of the teacher in bfloat16, whole on every GPU; of what is trained in equal shares where
+    a stage shards them. Activations: one state a layer with checkpointing, everything without; the
+    widest layer and the relevance come on top. What the teacher itself computes is not counted.
     """
     n = recipe.devices
-    frozen = sizes.student - sizes.trained
     text = student.selector.config.text_config
     samples = sizes.tokens * recipe.samples_per_device
     layers, hidden = text.num_hidden_layers, text.hidden_size
@@ -217,23 +218,22 @@ def memory(
     heads = max(text.num_attention_heads, architecture.decoder.config.num_attention_heads)
     activations = 2.0 * samples * alive + 4.0 * heads * _TEXT * samples
     teacher = 2.0 * sizes.teacher
-    whole = _WEIGHT * sizes.trained, _GRADIENT * sizes.trained, _OPTIMIZER * sizes.trained
-    kept = _WEIGHT * frozen
     shares = {
-        "DDP": (1, 1, 1),
-        "ZeRO-1": (1, 1, n),
-        "ZeRO-2": (1, n, n),
-        "ZeRO-3, FSDP": (n, n, n),
+        "DDP": (_PLAIN, (1, 1, 1)),
+        "ZeRO-1": (_SHARDED, (1, 1, n)),
+        "ZeRO-2": (_SHARDED, (1, n, n)),
+        "ZeRO-3": (_SHARDED, (n, n, n)),
+        "FSDP": (_PLAIN, (n, n, n)),
     }
     return {
         name: (
             teacher,
-            (whole[0] + kept) / weights,
-            whole[1] / gradients,
-            whole[2] / optimiser,
+            sizes.student * weight / parts[0],
+            sizes.trained * gradient / parts[1],
+            sizes.trained * optimiser / parts[2],
             activations,
         )
-        for name, (weights, gradients, optimiser) in shares.items()
+        for name, ((weight, gradient, optimiser), parts) in shares.items()
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +93,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Check every value; raises `OptionError` that names it."""
-        family_named(self.family)
+        if family_named(self.family) != self.family:
+            raise OptionError(f"family must be {family_named(self.family)}, got {self.family!r}.")
         for name, (valid, expected) in _CHECKS.items():
             value = getattr(self, name)
             if not valid(value):
@@ -144,7 +146,8 @@ def recipe_for(family: str, tiny: bool) -> Path:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    finite = isinstance(value, (int, float)) and math.isfinite(value)
+    return finite and not isinstance(value, bool)
 
 
 def _positive(value: Any) -> bool:
@@ -175,7 +178,7 @@ def _is_loss(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
         and bool(value)
-        and all(name in TERMS and _number(weight) for name, weight in value.items())
+        and all(name in TERMS and _positive(weight) for name, weight in value.items())
     )
 
 
@@ -205,7 +208,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "devices": _COUNT,
     "bf16": _FLAG,
     "checkpointing": _FLAG,
-    "loss": (_is_loss, f"a weight for one or more of {list(TERMS)}"),
+    "loss": (_is_loss, f"a weight above 0 for one or more of {list(TERMS)}"),
     "temperature": (_positive, "a number above 0"),
     "log_scores": _FLAG,
     "top_fraction": (lambda value: _positive(value) and value <= 1, "above 0, at most 1"),

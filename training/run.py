@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors.torch import load_file
 
 from ..core.errors import CheckpointError, OptionError
@@ -27,13 +30,19 @@ from .lessons import Schoolbook, Tutor
 from .recipe import Recipe
 from .samples import SampleLoader, SampleSet
 from .student import Student, new_selector, recorded, save_selector
-from .teacher import OnlineTeacher, StoredTeacher
+from .teacher import OnlineTeacher, StoredTeacher, identity
 from .trainer import SelectorTrainer, best_checkpoint, checkpoints
 
 logger = logging.getLogger(__name__)
 
 _CHECKPOINTS = "checkpoints"
 _RECORD = "run.json"
+
+#: Videos that take turns in each place of a step. Up to so many workers a process find each video
+#: in one of them; it is no setting, so that the order does not depend on who decodes.
+_TURNS = 4
+#: Settings of a recipe that change nothing of what is learned.
+_ASIDE = ("source", "samples", "workers", "test_videos", "test_frames")
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Trained:
     metrics : of the best: loss, spearman, recall_at_k, top_1_recall on the held-out samples.
     steps, best_step : of the run, and of the selector that was kept.
     seconds : time of training and evaluation, of all sessions of the run.
-    damaged : reasons why samples were left out, as far as this process met them.
+    damaged : reasons why samples were left out, of all processes, as far as this session met them.
     """
 
     folder: Path
@@ -123,15 +132,18 @@ def train(
         examples = stored.usable(examples)
     training, aside = hold_out(examples, recipe.hold_out, recipe.seed)
     sampling = {"frames": recipe.frames}
-    together = recipe.samples_per_device
-    samples = SampleSet(training, architecture, processor, sampling, remember=together)
+    together = recipe.samples_per_device * recipe.accumulation * _TURNS
+    decoders = 1 if recipe.cache else max(1, recipe.workers)
+    samples = SampleSet(
+        training, architecture, processor, sampling, remember=math.ceil(together / decoders)
+    )
     held_out = SampleSet(aside, architecture, processor, sampling)
     teacher: Any = stored
     if stored is None:
         teacher = OnlineTeacher(architecture, **knobs, sampling=samples.policy)
     else:
         stored.check(architecture, **knobs, sampling=samples.policy)
-    tutor = Tutor(architecture, teacher)
+    tutor = Tutor(architecture, teacher, remember=together)
 
     torch.manual_seed(recipe.seed)
     assert recipe.student is not None
@@ -149,12 +161,12 @@ def train(
     if recipe.cache:
         # What is remembered lies in this process.
         recipe = dataclasses.replace(recipe, workers=0)
-    book = Schoolbook(samples, memory)
+    book, test = Schoolbook(samples, memory), Schoolbook(held_out, memory)
     trainer = SelectorTrainer(
         student.to(model.device),
         recipe,
         book,
-        Schoolbook(held_out, memory),
+        test,
         order(samples, recipe),
         tutor,
         out / _CHECKPOINTS,
@@ -162,14 +174,23 @@ def train(
         progress=progress,
         **more,
     )
-    record = _agree(out, recipe, examples, scores, trainer.args.world_size, state)
+    decided = {
+        "teacher": recorded(str(recipe.teacher)),
+        "student": recorded(str(recipe.student)),
+        "weights": identity(architecture)["weights"],
+        "dtype": str(model.dtype),
+        "offline": scores is not None,
+        "processes": state.num_processes,
+    }
+    record = _agree(out, recipe, examples, decided, state)
     found = checkpoints(out / _CHECKPOINTS)
     trainer.train(resume_from_checkpoint=str(found[-1][1]) if found else None)
-    if trainer.state.global_step not in dict(checkpoints(out / _CHECKPOINTS)):
+    done = trainer.state.global_step
+    if done not in dict(checkpoints(out / _CHECKPOINTS)) or not _rows(trainer, done):
         trainer.finish()
     state.wait_for_everyone()
     step, folder = best_checkpoint(out / _CHECKPOINTS)
-    metrics = _metrics(folder, trainer.state.log_history, step)
+    metrics = _metrics(trainer, step)
     spent = record.get("seconds", 0.0) + time.monotonic() - began
     if state.is_main_process:
         own = getattr(selector.config, "own_tokens", False)
@@ -180,27 +201,21 @@ def train(
             dtype=torch.bfloat16,
             tokens_from=recipe.student if own else None,
         )
-        _write(out / _RECORD, {**record, "seconds": spent, "finished": True})
+        write_json(out / _RECORD, {**record, "seconds": spent, "finished": True})
     state.wait_for_everyone()
-    return Trained(
-        out, metrics, trainer.steps, step, spent, tuple(sorted(set(book.damaged.values())))
-    )
+    damaged = gather_object([*book.damaged.values(), *test.damaged.values()])
+    return Trained(out, metrics, trainer.steps, step, spent, tuple(sorted(set(damaged))))
 
 
 def order(samples: SampleSet, recipe: Recipe) -> list[int]:
     """Draw the samples of all epochs, in order.
 
     What is remembered is drawn question by question. What must be decoded is drawn video by video,
-    in as many lanes as there are places for samples in a step and workers to fill them, so that a
-    step sees different videos and each is decoded once.
+    in several lanes for each place of a step, so that a step sees different videos and each is
+    decoded once.
     """
     step = recipe.devices * recipe.accumulation * recipe.samples_per_device
-    loader = SampleLoader(
-        samples,
-        seed=recipe.seed,
-        together=not recipe.cache,
-        lanes=step * max(1, recipe.workers),
-    )
+    loader = SampleLoader(samples, seed=recipe.seed, together=not recipe.cache, lanes=step * _TURNS)
     whole, part = divmod(recipe.epochs, 1)
     drawn = [index for epoch in range(int(whole)) for index in loader.order(epoch)]
     return drawn + loader.order(int(whole))[: round(part * len(samples))]
@@ -210,22 +225,19 @@ def _agree(
     out: Path,
     recipe: Recipe,
     examples: Sequence[Example],
-    scores: Path | None,
-    processes: int,
+    decided: Mapping[str, Any],
     state: PartialState,
 ) -> dict[str, Any]:
     """Write down what decides a run, or compare with the one that is there."""
+    names = "\n".join(example.id for example in examples)
+    kept = {name: value for name, value in recipe.record().items() if name not in _ASIDE}
     settings = json.loads(
         json.dumps(
             {
-                **recipe.record(),
-                "teacher": recorded(str(recipe.teacher)),
-                "student": recorded(str(recipe.student)),
-                "samples": len(examples),
-                "first_sample": examples[0].id,
-                "last_sample": examples[-1].id,
-                "offline": scores is not None,
-                "processes": processes,
+                **kept,
+                **decided,
+                "examples": len(examples),
+                "data": hashlib.sha256(names.encode()).hexdigest()[:16],
             }
         )
     )
@@ -242,24 +254,28 @@ def _agree(
             )
     elif state.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        _write(path, record)
+        write_json(path, record)
     state.wait_for_everyone()
     return record
 
 
-def _metrics(folder: Path, history: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
-    """Find what the held-out samples said at a step."""
-    rows = [row for row in history if row.get("step") == step and "eval_loss" in row]
-    if not rows:
-        raise CheckpointError(f"{folder} has no evaluation on record.")
+def _rows(trainer: SelectorTrainer, step: int) -> list[dict[str, Any]]:
+    """Find what was logged of the held-out samples at a step."""
+    history = trainer.state.log_history
+    return [row for row in history if row.get("step") == step and "eval_loss" in row]
+
+
+def _metrics(trainer: SelectorTrainer, step: int) -> dict[str, float]:
+    """Return what the held-out samples said at a step."""
     return {
         name.removeprefix("eval_"): float(value)
-        for name, value in rows[-1].items()
+        for name, value in _rows(trainer, step)[-1].items()
         if name.startswith("eval_") and isinstance(value, (int, float))
     }
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a record, whole or not at all."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
     draft.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(draft, path)

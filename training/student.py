@@ -130,16 +130,23 @@ def load_text_model(folder: Path) -> Any:
 def differs(folder: Path, teacher: Path) -> bool:
     """Whether two checkpoints write the same text in different token ids.
 
-    A folder without a tokenizer is taken to share the other's.
+    A folder without a tokenizer is taken to share the other's. Raises `CheckpointError` where one
+    cannot be read: a student that reads other tokens than it is given learns nothing.
     """
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         return False
+    ours, theirs = (_token_ids(place) for place in (folder, local_folder(teacher)))
+    return ours != theirs
+
+
+def _token_ids(folder: Path) -> list[int]:
     try:
-        ours = AutoTokenizer.from_pretrained(folder)
-        theirs = AutoTokenizer.from_pretrained(local_folder(teacher))
-    except (ValueError, OSError, KeyError, CheckpointError):
-        return False
-    return bool(ours(_PROBE)["input_ids"] != theirs(_PROBE)["input_ids"])
+        return list(AutoTokenizer.from_pretrained(folder)(_PROBE)["input_ids"])
+    except Exception as error:  # tokenizers raises Exception itself, transformers whatever it meets
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"The tokenizer in {folder} cannot be read ({reason}). Fetch its files again."
+        ) from error
 
 
 def family_of(architecture: Architecture) -> ModuleType:
@@ -313,7 +320,7 @@ def save_selector(
             name: value.to(dtype) if value.is_floating_point() else value
             for name, value in state.items()
         }
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    draft = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     selector.save_pretrained(draft, state_dict=state)
     if dtype is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,6 +78,7 @@ def train_selector(
     """
     from transformers.utils import logging as logging_of_transformers
 
+    from ..core.errors import OptionError
     from ..inference.registry import family_named
     from ..inference.terminal import user_errors
     from .recipe import read_recipe, recipe_for
@@ -99,6 +99,10 @@ def train_selector(
             seed=seed,
             devices=gpus,
         )
+        if settings.family != name:
+            raise OptionError(
+                f"{recipe} is a recipe for {settings.family}, but the family asked for is {name}."
+            )
         if dry_run:
             _dry_run(settings, data, videos, limit)
             return
@@ -142,7 +146,7 @@ def _run(
     from ..inference.terminal import out as console
     from .accuracy import compare, needle_videos
     from .examples import read_examples
-    from .run import settled, train
+    from .run import settled, train, write_json
     from .student import recorded
 
     first = int(os.environ.get("RANK", "0")) == 0
@@ -214,7 +218,7 @@ def _run(
         summary["seconds"] = round(trained.seconds, 1)
         models = {"teacher": recorded(recipe.teacher), "student": recorded(recipe.student)}
         summary["recipe"] = {**recipe.record(), **models}
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(out / "summary.json", summary)
     console.print(f"{out}", markup=False, highlight=False)
     console.print(
         f"rho {trained.metrics['spearman']:.3f}  recall@K {trained.metrics['recall_at_k']:.3f} "

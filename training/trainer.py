@@ -26,7 +26,7 @@ import torch.distributed
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..core.errors import CheckpointError, FlexSelectError
@@ -34,6 +34,7 @@ from ..core.selection import top_tokens
 from ..core.soft_rank import rank
 from ..core.spearman import selector_loss
 from ..inference.features import Progress
+from .lessons import Schoolbook
 from .optimizer_state import load_optimizer, save_optimizer
 from .recipe import Recipe
 from .student import Lesson, Ranking, Student, save_selector
@@ -52,7 +53,7 @@ class SelectorTrainer(Trainer):
     ----------
     student : what is trained.
     recipe : how.
-    lessons : the training set; an entry is what ``teach`` makes a lesson of.
+    lessons : the training set.
     held_out : like ``lessons``, for evaluation; the same on every process.
     order : indices into ``lessons`` of every step of all epochs, in order.
     teach : turns entries into lessons, without gradients.
@@ -68,8 +69,8 @@ class SelectorTrainer(Trainer):
         self,
         student: Student,
         recipe: Recipe,
-        lessons: Dataset[Any],
-        held_out: Dataset[Any],
+        lessons: Schoolbook,
+        held_out: Schoolbook,
         order: Sequence[int],
         teach: Callable[[Sequence[Any]], list[Lesson]],
         out: Path,
@@ -79,7 +80,7 @@ class SelectorTrainer(Trainer):
         **more: Any,
     ) -> None:
         self.recipe = recipe
-        self.held_out: Any = held_out
+        self.book, self.held_out = lessons, held_out
         self.order = list(order)
         self.teach = teach
         per_step = recipe.samples_per_device * recipe.accumulation
@@ -165,10 +166,16 @@ class SelectorTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Rank the lessons of a batch and compare with the teacher; all lessons weigh the same."""
-        lessons = self.teach(inputs["entries"])
+        lessons = self._lessons_of(self.book, inputs)
         rankings = model(lessons)
         loss = torch.stack([(self.losses(r) * r.weight).sum() for r in rankings]).sum()
         return (loss, rankings) if return_outputs else loss
+
+    def _lessons_of(self, book: Schoolbook, batch: dict[str, Any]) -> list[Lesson]:
+        """Return the lessons of a batch, and note what was damaged on the way to it."""
+        for page in batch["entries"]:
+            book.note(page.damaged)
+        return self.teach([page.entry for page in batch["entries"]])
 
     def losses(self, ranking: Ranking) -> Tensor:
         """Loss of each set of a ranking: float32 ``(sets,)``."""
@@ -212,7 +219,7 @@ class SelectorTrainer(Trainer):
         )
         with torch.no_grad(), self.compute_loss_context_manager():
             for turn, batch in zip(turns, loader, strict=True):
-                for ranking in model(self.teach(batch["entries"])):
+                for ranking in model(self._lessons_of(self.held_out, batch)):
                     if turn < len(self.held_out):
                         total += self._measure(ranking)
         model.train()
@@ -265,10 +272,11 @@ class SelectorTrainer(Trainer):
             self.args.output_dir = str(out)
         self._wait()
         if self.args.should_save:
-            shutil.rmtree(out / name, ignore_errors=True)
             for path in (draft / name).rglob("*"):
                 if path.is_file():
                     _sync(path)
+            if (out / name).exists():
+                os.replace(out / name, draft / "before")
             os.replace(draft / name, out / name)
             _sync(out)
             shutil.rmtree(draft, ignore_errors=True)

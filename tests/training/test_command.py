@@ -79,6 +79,8 @@ def test_an_unknown_family_and_an_impossible_value_are_named(recipe):
     assert (code, "'gpt'" in said) == (1, True)
     code, said = _run("train-selector", "qwen", "--recipe", str(recipe), "--epochs", "0")
     assert (code, "epochs" in said) == (1, True)
+    code, said = _run("train-selector", "llava", "--recipe", str(recipe))
+    assert (code, "is a recipe for qwen2_5_vl" in said) == (1, True)
 
 
 def test_the_dry_run_needs_no_weights():

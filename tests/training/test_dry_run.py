@@ -54,10 +54,11 @@ def test_stages_share_what_they_say():
     rows = {
         name: parts[1:4] for name, parts in memory(sizes, recipe, architecture, student).items()
     }
-    assert rows["DDP"] == (2000, 2000, 12000)
+    assert rows["DDP"] == (4000, 4000, 8000)
     assert rows["ZeRO-1"] == (2000, 2000, 3000)
     assert rows["ZeRO-2"] == (2000, 500, 3000)
-    assert rows["ZeRO-3, FSDP"] == (500, 500, 3000)
+    assert rows["ZeRO-3"] == (500, 500, 3000)
+    assert rows["FSDP"] == (1000, 1000, 2000)
 
 
 def test_the_report_counts_steps():

@@ -14,7 +14,7 @@ import torch
 from transformers import Qwen2Config, Qwen2Model
 
 import flexselect
-from flexselect.core.errors import UnsupportedModelError
+from flexselect.core.errors import CheckpointError, UnsupportedModelError
 from flexselect.inference.features import encode
 from flexselect.inference.scoring import score, split_prompt
 from flexselect.tests.architectures.factories import FAMILIES, FRAMES_PER_SET, Family, Video
@@ -22,6 +22,7 @@ from flexselect.tests.architectures.tiny.common import draw_weights
 from flexselect.training.student import (
     Lesson,
     Student,
+    differs,
     family_of,
     idle_parameters,
     new_selector,
@@ -237,6 +238,14 @@ def test_qwen_cuts_the_models_merger_and_turns_to_yarn(tmp_path, tmp_path_factor
     assert rope["original_max_position_embeddings"] == 512
     stretched = selector.language_model.rotary_emb.attention_scaling
     assert stretched == pytest.approx(1.1386, abs=1e-4)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_no_tokenizer_that_agrees(family, architecture, sibling):
+    assert not differs(sibling, Path(architecture.model.name_or_path))
+    for broken in ("{", "null", '{"version": "1.0", "model": {}}'):
+        (sibling / "tokenizer.json").write_text(broken)
+        with pytest.raises(CheckpointError, match=r"tokenizer in .*sibling cannot be read"):
+            differs(sibling, Path(architecture.model.name_or_path))
 
 
 def test_a_student_of_another_family_or_tower_is_named(family, architecture, tmp_path):

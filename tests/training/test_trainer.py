@@ -23,8 +23,10 @@ import flexselect
 from flexselect.core.errors import CheckpointError
 from flexselect.testbed.locate import checkpoint_folder
 from flexselect.tests.paths import ROOT
+from flexselect.training import trainer
 from flexselect.training.accuracy import needle_videos
 from flexselect.training.examples import read_examples
+from flexselect.training.lessons import Tutor
 from flexselect.training.rank import rank
 from flexselect.training.recipe import Recipe, read_recipe
 from flexselect.training.run import Trained, train
@@ -107,8 +109,7 @@ def _same_run(one: Path, other: Path, tolerance: float) -> None:
 def _command(recipe_file: Path, data: Path, out: Path, *launcher: str) -> list[str]:
     return [
         sys.executable,
-        *launcher,
-        str(Path(sys.executable).with_name("flexselect")),
+        *(launcher or (str(Path(sys.executable).with_name("flexselect")),)),
         *f"train-selector {FAMILY} --data {data} --recipe {recipe_file} --out {out}".split(),
         *["--device", "cpu", "--dtype", "float32", "--report-to", "none", "--quiet"],
     ]
@@ -130,8 +131,17 @@ def test_accumulated_batches_equal_one_larger_batch(plain, recipe_file, data, tm
     _same_run(plain, tmp_path, 1e-3)
 
 
-def test_checkpointing_changes_nothing(plain, recipe_file, data, tmp_path):
+def test_checkpointing_changes_nothing(plain, recipe_file, data, tmp_path, monkeypatch):
+    again: list[Any] = []
+    recompute = trainer.checkpoint
+
+    def count(*inputs: Any, **options: Any) -> Any:
+        again.append(inputs[0])
+        return recompute(*inputs, **options)
+
+    monkeypatch.setattr(trainer, "checkpoint", count)
     _train(recipe_file, data, tmp_path, checkpointing=True)
+    assert again
     _same_run(plain, tmp_path, 1e-6)
 
 
@@ -165,6 +175,21 @@ def test_stored_scores_teach_as_the_teacher_itself(plain, recipe_file, data, tmp
     _same_run(plain, tmp_path / "out", 1e-6)
 
 
+def test_workers_change_nothing_and_each_video_is_encoded_once(
+    plain, recipe_file, data, tmp_path, monkeypatch
+):
+    encoded: list[int] = []
+    encode = Tutor._encode
+    monkeypatch.setattr(
+        Tutor, "_encode", lambda self, pixels: encoded.append(1) or encode(self, pixels)
+    )
+    _train(recipe_file, data, tmp_path, workers=2)
+    assert len(encoded) == 4
+    _same_run(plain, tmp_path, 1e-6)
+    # Who decodes is no part of what a run is.
+    assert _train(recipe_file, data, tmp_path, workers=0).steps == 9
+
+
 def test_a_killed_run_goes_on_as_if_nothing_had_been(plain, recipe_file, data, tmp_path):
     process = subprocess.Popen(
         _command(recipe_file, data, tmp_path), env=_environment(), stderr=subprocess.DEVNULL
@@ -186,14 +211,29 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(plain, recipe_file, data, t
     _same_run(plain, tmp_path, 1e-6)
 
 
-def _two_processes(data: Path, folder: Path, *options: str) -> Path:
+#: The command, without the messages through shared memory that DeepSpeed compiles for CPUs.
+_PLAIN_MESSAGES = """
+from deepspeed import ops
+from flexselect.cli import main
+ops.__compatible_ops__["deepspeed_shm_comm"] = False
+main()
+"""
+
+
+def _two_processes(data: Path, folder: Path, *options: str, script: Path | None = None) -> Path:
     """Train with half of the samples of a step in each of two processes, with gloo."""
     halves = folder / "recipe.yaml"
     halves.write_text(yaml.safe_dump({**SETTINGS, "samples_per_device": 1}))
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    program = str(script or Path(sys.executable).with_name("flexselect"))
     subprocess.run(
-        [*_command(halves, data, folder / "out", *launcher), *options],
-        env={**_environment(), "DS_ACCELERATOR": "cpu"},
+        [*_command(halves, data, folder / "out", *launcher, program), *options],
+        env={
+            **_environment(),
+            "DS_ACCELERATOR": "cpu",
+            # Whatever is compiled after all shows here.
+            "TORCH_EXTENSIONS_DIR": str(folder / "compiled"),
+        },
         check=True,
         stderr=subprocess.PIPE,
         timeout=600,
@@ -206,11 +246,13 @@ def test_two_processes_equal_one(plain, data, tmp_path):
 
 
 def test_weights_sharded_by_deepspeed_learn_the_same(plain, data, tmp_path):
-    # Stage 3 shards weights, gradients and optimiser: stages 1 and 2 do less of the same. The first
-    # run of DeepSpeed on a machine compiles how its processes talk.
+    # Stage 3 shards weights, gradients and optimiser: stages 1 and 2 do less of the same.
     pytest.importorskip("deepspeed")
     stage = ROOT / "shared_configs" / "deepspeed" / "zero3.json"
-    out = _two_processes(data, tmp_path, "--deepspeed", str(stage))
+    script = tmp_path / "train.py"
+    script.write_text(_PLAIN_MESSAGES)
+    out = _two_processes(data, tmp_path, "--deepspeed", str(stage), script=script)
+    assert not (tmp_path / "compiled").exists()
     ours, theirs = ([r for r in _log(run) if "grad_norm" in r] for run in (plain, out))
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3, abs=1e-3)
@@ -253,9 +295,11 @@ def test_a_damaged_video_is_left_out_and_named(recipe_file, data, tmp_path):
     rotten = sorted(folder.glob("*.mp4"))[1]
     rotten.unlink()
     rotten.write_bytes(b"no video at all")
-    trained = _train(recipe_file, folder, tmp_path / "out", epochs=1.0)
+    # What a worker finds must reach the process that counts.
+    trained = _train(recipe_file, folder, tmp_path / "out", epochs=1.0, workers=2)
     assert trained.steps == 4
-    assert any(rotten.name in reason for reason in trained.damaged)
+    [reason] = trained.damaged
+    assert rotten.name in reason
 
 
 def test_quality_tells_the_top_from_the_bulk():
