@@ -7,6 +7,7 @@ scripts are taken as well, so that its commands keep working.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -165,6 +166,12 @@ def _use_selector(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {} if value else {"method": "full"}
 
 
+def _use_flash_attention(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(value, bool | None):
+        raise OptionError(f"use_flash_attention_2 must be True or False, got {value!r}.")
+    return {"attn_implementation": "flash_attention_2"} if value else {}
+
+
 def _of_selection(ours: str, read: Callable[[Any, Mapping[str, Any]], Any]) -> Any:
     """Make the meaning of an argument that counts for nothing where no token is selected."""
 
@@ -217,9 +224,7 @@ _MEANINGS: dict[str, Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
     "token_selector_path": _of_selection(
         "selector", lambda value, _: None if value == "self" else value
     ),
-    "use_flash_attention_2": lambda value, _: (
-        {"attn_implementation": "flash_attention_2"} if value else {}
-    ),
+    "use_flash_attention_2": _use_flash_attention,
     "use_token_selector": _use_selector,
 }
 
@@ -227,7 +232,7 @@ _MEANINGS: dict[str, Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "batch_size": ("a whole number of at least 1", lambda v: _whole(v, 1)),
     "budget": ("a whole number of at least 1", lambda v: _whole(v, 1)),
-    "cache_gb": ("a number of at least 0", lambda v: _number(v) and v >= 0),
+    "cache_gb": ("a finite number of at least 0", lambda v: _number(v) and 0 <= v < math.inf),
     "frames_per_chunk": ("a whole number of at least 1", lambda v: _whole(v, 1)),
     "layer": ("a whole number of at least 0", lambda v: _whole(v, 0)),
     "max_new_tokens": ("a whole number of at least 1", lambda v: _whole(v, 1)),

@@ -374,9 +374,8 @@ def _explanation(comparison: Comparison) -> list[str]:
         "Accuracy is lmms-eval's figure of the task, ± how far its 95 % interval reaches. The "
         "difference is of the mean score of the samples that both have (gained: only the first "
         f"named has it right), with a 95 % interval from {DRAWS:,} paired bootstrap draws of "
-        "videos. p is McNemar's test, exact and two-sided, which takes "
-        "questions about one video for independent; p (Holm) is corrected for the number of "
-        f"comparisons, {count}."
+        "videos. p is McNemar's test, exact and two-sided, which takes questions about one video "
+        f"for independent; p (Holm) is corrected for the number of comparisons, {count}."
     ]
 
 

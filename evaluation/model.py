@@ -188,6 +188,13 @@ class FlexSelectModel(lmms):
         folder = self.arguments.run_folder
         journal = None if folder is None else Journal(Path(folder), self.rank)
         done = {} if journal is None else journal.read()
+        if self.arguments.record_selection:
+            # Answers given without a record of what stayed have to be given again.
+            done = {
+                key: row
+                for key, row in done.items()
+                if "selection" in row or not row["visual_tokens"]
+            }
         ordered = [question for group in by_video(questions) for question in group]
         keys = [question.key(self.settings_name) for question in ordered]
         known = sum(key in done for key in keys)

@@ -99,7 +99,7 @@ def choose_folder(base: Path, plan: Plan, fresh: bool) -> tuple[Path, bool]:
         for record in sorted(base.glob(f"*/{RECORD}"), reverse=True):
             found = read_json(record)
             unfinished = not (record.parent / SUMMARY).exists()
-            same = found is not None and found["decided_by"] == digest(decides)
+            same = isinstance(found, dict) and found.get("decided_by") == digest(decides)
             if unfinished and same and not _held(record.parent):
                 return record.parent, True
     name = time.strftime("%Y-%m-%d-%H%M%S")

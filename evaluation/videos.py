@@ -84,10 +84,6 @@ class OpenVideos:
             raise VideoError(kept)
         return dataclasses.replace(kept, engine=engine), fresh
 
-    def clear(self) -> None:
-        """Let go of all."""
-        self._kept.clear()
-
     def _shrink(self) -> None:
         sizes = {key: _size(kept) for key, kept in self._kept.items()}
         total = sum(sizes.values())

@@ -71,6 +71,10 @@ def test_arguments_reach_the_method_and_the_sampling():
         ("pretrained=x,tkn_budget=64,budget=32", "tkn_budget"),
         ("pretrained=x,use_token_selector=maybe", "use_token_selector"),
         ("pretrained=x,max_batch_size=8", "max_batch_size"),
+        ("pretrained=x,cache_gb=inf", "cache_gb"),
+        ("pretrained=x,use_flash_attention_2=maybe", "use_flash_attention_2"),
+        ("pretrained=x,token_selector_path=self,selector=y", "selector"),
+        ("pretrained=x,use_token_selector=False,method=random", "use_token_selector"),
     ],
 )
 def test_wrong_arguments_are_errors_that_name_them(text, named):

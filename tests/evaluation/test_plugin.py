@@ -130,9 +130,15 @@ def test_answers_come_in_the_order_of_requests_and_a_broken_batch_is_asked_again
     again = [json.loads(line)["doc_id"] for line in journal.read_text().splitlines()]
     # The batch that was broken is asked whole, the other one not at all.
     assert again == [0, 2, 3, 1, 3]
+    # What was answered without a record of its selection is asked again for one.
+    assert run(record_selection="True", run_folder=str(tmp_path)) == alone
+    recorded = [json.loads(line) for line in journal.read_text().splitlines()[5:]]
+    assert [len(line["selection"]["kept_per_frame"]) for line in recorded] == [1] * 4
+    assert run(record_selection="True", run_folder=str(tmp_path)) == alone
+    assert len(journal.read_text().splitlines()) == 9
     # Another budget is another question.
     given = {"pretrained": TINY, "budget": 12, "device": "cpu", "run_folder": str(tmp_path)}
     other = CLASSES["qwen2_5_vl"](**given)
     other.task_dict["talks"] = {"test": [{}] * 4}
     other.generate_until([about(videos, 0)])
-    assert len(journal.read_text().splitlines()) == 6
+    assert len(journal.read_text().splitlines()) == 10
