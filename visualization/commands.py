@@ -169,7 +169,9 @@ def show(
     ] = True,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the pictures; default: VIDEO-seen.", show_default=False),
+        typer.Option(
+            help="Folder of the pictures; default: VIDEO-seen, beside it.", show_default=False
+        ),
     ] = None,
     selector: _Selector = None,
     budget: Annotated[int | None, typer.Option(help="Visual tokens that may stay.")] = None,

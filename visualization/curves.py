@@ -122,7 +122,9 @@ def draw_curves(curves: Curves, *, title: str = "", preset_layer: int | None = N
     lines, labels = left.get_legend_handles_labels()
     figure.legend(lines, labels, loc="upper right", ncols=2, frameon=False, fontsize=9)
     dotted = "" if preset_layer is None else f"; dotted: the preset's layer {preset_layer}"
-    figure.suptitle(title or " ", fontsize=11, fontweight="bold", x=0.01, ha="left")
+    figure.suptitle(
+        title or " ", fontsize=11, fontweight="bold", x=0.01, ha="left", parse_math=False
+    )
     figure.supxlabel(
         f"{curves.questions} questions on {curves.videos} videos; bars: 95% intervals; "
         f"ring: recommended{dotted}",

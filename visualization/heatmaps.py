@@ -162,7 +162,15 @@ def _draw(
     if needle is not None:
         notes.append("green: where the answer is")
     figure.supxlabel("; ".join(notes), fontsize=8.5, color=_GREY)
-    figure.suptitle(f"“{_short(look.question)}”", fontsize=11, fontweight="bold", x=0.01, ha="left")
+    figure.suptitle(
+        f"“{_short(look.question)}”",
+        fontsize=11,
+        fontweight="bold",
+        x=0.01,
+        ha="left",
+        # Dollars in a question are money.
+        parse_math=False,
+    )
     return figure
 
 

@@ -138,7 +138,8 @@ def test_the_command_writes_pictures_and_one_page(
     tmp_path: Path, needle_video: NeedleVideo
 ) -> None:
     out = tmp_path / "seen"
-    question = needle_video.questions[0].text + " <b>&"
+    # Markup to a browser, and to matplotlib a formula that it cannot read.
+    question = needle_video.questions[0].text + r" <b>& $\for$"
     result = show(needle_video.path, question, "--layers", "0,4", "--out", out, "--pictures", 2)
     assert result.exit_code == 0, result.stderr
     names = ["overlays", "layers", "timeline", "pca", "tsne"]
