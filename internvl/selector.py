@@ -30,7 +30,8 @@ class InternVLSelectorConfig(PreTrainedConfig):
 
     Parameters
     ----------
-    text_config : the small text model: ``qwen2``, or ``llama`` for one that was an InternLM2.
+    text_config : the small text model: ``qwen2``, ``qwen3``, or ``llama``, also for one that was an
+        InternLM2.
     vision_hidden_size : width of the shuffled tower features that its projector reads.
     own_tokens : whether prompts must be put into the selector's own tokens.
     aggregation : ``"max"`` or ``"mean"``, the relevance it reproduces.

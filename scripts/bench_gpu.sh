@@ -3,9 +3,9 @@
 #
 #   bash scripts/bench_gpu.sh [folder]       default folder: outputs/bench
 #
-# One CUDA GPU of 24 GB or more (80 GB for full at 512 frames). Each step stores its own JSON and Markdown; one that fails does not
-# keep the others from running, and is named at the end, with exit code 1. A method
-# that runs out of memory is reported as "does not fit": that is a result.
+# One CUDA GPU of 24 GB or more (80 GB for full at 512 frames). Each step stores its own JSON and
+# Markdown; one that fails does not keep the others from running, and is named at the end, with exit
+# code 1. A method that runs out of memory is reported as "does not fit": that is a result.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-outputs/bench}

@@ -117,7 +117,8 @@ def _head(record: dict[str, Any]) -> list[str]:
         f"# {title}",
         "",
         f"{where}; {machine['threads']} CPU thread(s), Python {machine['python']}, {versions}. "
-        f"Medians of {record['repeats']} repeats.",
+        # Parts that take less than a millisecond are repeated more often.
+        f"Medians of {'at least ' * ('parts' in record)}{record['repeats']} repeats.",
     ]
     if "matrix_rate" in record:
         clock = "wall" if machine["kind"] == "cuda" else "cpu"
