@@ -116,7 +116,7 @@ def ask(
     query: Annotated[Query | None, typer.Option(help="Which text tokens ask.")] = None,
     frames_per_set: Annotated[int | None, typer.Option(help="Most frames of a set.")] = None,
     sets_per_batch: Annotated[
-        int | None, typer.Option(help="Sets ranked in one pass; default: what the device holds.")
+        int | None, typer.Option(help="Most sets ranked in one pass; default: by their length.")
     ] = None,
     positions: Annotated[
         Positions | None, typer.Option(help="Position ids of kept tokens.")

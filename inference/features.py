@@ -89,9 +89,6 @@ def encode(
             stop = min(start + frames_per_chunk, pixels.clip.frames)
             try:
                 model, extra = architecture.encode(pixels.frames(start, stop), selector)
-                ours.add(model)
-                if extra is not None:
-                    theirs.add(extra)
             except torch.OutOfMemoryError as error:
                 if stop - start == 1:
                     raise FlexSelectError(
@@ -111,6 +108,9 @@ def encode(
                 )
                 release_cache()
                 continue
+            ours.add(model)
+            if extra is not None:
+                theirs.add(extra)
             done += stop - start
             start = stop
             if progress is not None:

@@ -229,7 +229,8 @@ class FlexSelect(Budgeted):
         config says, unless given.
     query : which text asks: ``"all"`` after the video, or only the ``"last"`` token.
     frames_per_set : most frames of a set.
-    sets_per_batch : sets scored in one pass; default: as many as fill the device.
+    sets_per_batch : most sets scored in one pass; default: by their length, so that a pass keeps
+        the device busy. Fewer where its memory does not allow it.
     share_sets : the processes of ``torch.distributed``, all asked the same, score a part of the
         sets each and exchange what they keep. All keep what one process would; scores of tokens
         that are not kept are 0.
