@@ -300,8 +300,10 @@ def _layer_list(text: str | None) -> Sequence[int] | Literal["all"] | None:
     """Read the layers of ``--layers``; None where it is not given."""
     from ..core.errors import OptionError
 
-    if text is None or text == "all":
-        return text
+    if text is None:
+        return None
+    if text == "all":
+        return "all"
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
