@@ -188,8 +188,7 @@ class Study:
         self.processor = flexselect.load_processor(folder)
         self.engine = Engine(self.model, Full())
         self.results, self.videos = results, videos
-        weights = (folder / "model.safetensors").read_bytes()
-        self.checksum = f"{zlib.crc32(weights):08x}"
+        self.checksum = _checksum(folder)
         try:
             self.selector = flexselect.load_selector(selector_folder(family), self.model)
         except CheckpointError as error:
@@ -220,6 +219,9 @@ class Study:
             engines = {cell: self._engine(cell) for cell in members}
             for cell in members:
                 knobs = {**engines[cell].method.record(), "checkpoint": self.checksum}
+                if cell.lite:
+                    # Where it lies is this machine's business; which one it is decides.
+                    knobs["selector"] = _checksum(selector_folder(self.family.name))
                 # Another preset or checkpoint: what was counted before is void.
                 if self.tallies.get(cell.key, Tally()).knobs != knobs:
                     self.tallies[cell.key] = Tally(knobs=knobs)
@@ -298,6 +300,11 @@ class Study:
         mine = everything.setdefault(self.family.name, {})
         mine |= {key: vars(tally) for key, tally in self.tallies.items() if tally.videos}
         write_json(self.results, everything)
+
+
+def _checksum(folder: Path) -> str:
+    """Name the weights of a checkpoint."""
+    return f"{zlib.crc32((folder / 'model.safetensors').read_bytes()):08x}"
 
 
 def read_results(path: Path) -> dict[str, Any]:
