@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..core.errors import FlexSelectError, OptionError
+from ..inference.registry import family_of
 from .plan import (
     RECORD,
     ROWS,
@@ -42,10 +43,16 @@ def perform(folder: Path, plan: Plan) -> list[Row]:
     Raises
     ------
     OptionError
-        There are more processes than GPUs.
+        There are more processes than GPUs, or the checkpoint is of another family.
     FlexSelectError
         Another process works on the folder, or one that was started failed.
     """
+    family = family_of(plan.checkpoint)
+    if family != plan.family:
+        raise OptionError(
+            f"{plan.checkpoint} is a {family} model, not {plan.family}. Name its family: "
+            f"flexselect eval {family}, or make eval MODEL={family}."
+        )
     lock = hold(folder)
     try:
         began = time.perf_counter()

@@ -90,6 +90,6 @@ def savings(rows: Sequence[Row]) -> str | None:
     questions = sum(row["samples"] - row["failed"] for row in rows)
     opened = sum(row["opened"] for row in rows)
     return (
-        f"{questions:,} questions, {opened:,} openings of videos: {spared:,.1f} s of decoding and "
-        "encoding spared."
+        f"Asked {questions:,} times with {opened:,} {'opening' if opened == 1 else 'openings'} of "
+        f"videos: {spared:,.1f} s of decoding and encoding spared."
     )

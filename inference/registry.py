@@ -161,6 +161,19 @@ def load_processor(path_or_id: str | Path) -> Any:
         ) from error
 
 
+def family_of(path_or_id: str | Path) -> str:
+    """Return the family of a checkpoint, from its configuration; no weights are read.
+
+    Raises
+    ------
+    CheckpointError
+        There is no checkpoint.
+    UnsupportedModelError
+        It is of no family that is supported.
+    """
+    return _resolve(path_or_id)[1].family
+
+
 def load_selector(path_or_id: str | Path, model: Any) -> Any:
     """Load a Lite selector for ``model``, ours or in the format the reference publishes.
 

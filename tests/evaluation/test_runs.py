@@ -243,6 +243,13 @@ def test_damaged_and_missing_videos_are_counted_and_end_nothing(
     assert len(lines) == 12 + 3
 
 
+def test_a_checkpoint_of_another_family_is_named_before_it_is_loaded(plan: Plan, tmp_path: Path):
+    folder, _ = choose_folder(tmp_path, replace(plan, family="internvl"), fresh=False)
+    with pytest.raises(OptionError, match="MODEL=qwen2_5_vl"):
+        perform(folder, replace(plan, family="internvl"))
+    assert not (folder / "flexselect").exists()
+
+
 def test_a_task_that_is_nowhere_is_named(plan: Plan, tmp_path: Path):
     plan = replace(plan, tasks=["needle_none"])
     folder, _ = choose_folder(tmp_path, plan, fresh=False)

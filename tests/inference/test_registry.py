@@ -22,6 +22,7 @@ from flexselect.inference.registry import (
     FAMILIES,
     architecture_of,
     family_named,
+    family_of,
     load_model,
     load_processor,
 )
@@ -46,6 +47,15 @@ def test_every_family_is_under_contract() -> None:
 
 def test_checkpoints_lead_to_supported_classes() -> None:
     assert set(CHECKPOINTS.values()) == set(FAMILIES)
+
+
+def test_a_checkpoint_says_its_family_without_weights(tmp_path: Path) -> None:
+    for kind, class_name in CHECKPOINTS.items():
+        (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+        assert family_of(tmp_path) == FAMILIES[class_name][0]
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UnsupportedModelError, match="bert"):
+        family_of(tmp_path)
 
 
 def test_subclasses_of_a_supported_class_are_supported() -> None:
