@@ -25,6 +25,7 @@ from ..inference.registry import CHECKPOINTS, FAMILIES, architecture_of
 from .examples import read_examples
 from .recipe import FOLDER, Recipe
 from .student import Student, family_of
+from .teacher import OnlineTeacher
 
 #: Pictures of the data are taken to have this size: (height, width).
 PICTURE = (360, 640)
@@ -75,12 +76,19 @@ def report(
     """
     model = meta_model(str(recipe.teacher))
     architecture = architecture_of(model)
-    knobs = preset_of(architecture).method
-    layer = knobs["layer"] if recipe.layer is None else recipe.layer
-    frames_per_set = recipe.frames_per_set or knobs["frames_per_set"]
-    student = meta_student(architecture, str(recipe.student), recipe, layer, frames_per_set)
+    knobs = OnlineTeacher(
+        architecture,
+        layer=recipe.layer,
+        aggregation=recipe.aggregation,
+        query=recipe.query,
+        frames_per_set=recipe.frames_per_set,
+    )
+    student = meta_student(
+        architecture, str(recipe.student), recipe, knobs.layer, knobs.frames_per_set
+    )
     sizes = measure(architecture, student, recipe)
-    count = recipe.samples
+    rendered = None if recipe.videos is None else recipe.videos * recipe.questions
+    count = rendered if recipe.samples is None else recipe.samples
     source = "as many as the recipe says"
     if data is not None:
         count = len(read_examples(data, videos, limit=limit, seed=recipe.seed))
@@ -89,8 +97,8 @@ def report(
     yield f"family            {recipe.family}"
     yield f"teacher           {recipe.teacher}, {sizes.teacher / 1e9:.2f} billion parameters"
     yield (
-        f"                  layer {layer} of {architecture.num_layers}, "
-        f"{recipe.aggregation or knobs['aggregation']}, {frames_per_set} frames a set"
+        f"                  layer {knobs.layer} of {architecture.num_layers}, "
+        f"{knobs.aggregation}, {knobs.frames_per_set} frames a set"
     )
     yield (
         f"student           {recipe.student}, {sizes.student / 1e6:.1f} million parameters, "

@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from ..core.errors import CheckpointError, OptionError
 from ..core.relevance import check_aggregation
@@ -54,7 +55,8 @@ class Trained:
     folder : of the selector, the best by recall@K.
     metrics : of the best: loss, spearman, recall_at_k, top_1_recall on the held-out samples.
     steps, best_step : of the run, and of the selector that was kept.
-    seconds : time of training and evaluation, of all sessions of the run.
+    seconds : time of the run, of all its sessions; of one that was killed, up to its last
+        checkpoint.
     damaged : reasons why samples were left out, of all processes, as far as this session met them.
     """
 
@@ -183,15 +185,14 @@ def train(
         "processes": state.num_processes,
     }
     record = _agree(out, recipe, examples, decided, state)
+    clock = _Clock(out / _RECORD, record, began)
+    trainer.add_callback(clock)
     found = checkpoints(out / _CHECKPOINTS)
     trainer.train(resume_from_checkpoint=str(found[-1][1]) if found else None)
-    done = trainer.state.global_step
-    if done not in dict(checkpoints(out / _CHECKPOINTS)) or not _rows(trainer, done):
-        trainer.finish()
     state.wait_for_everyone()
     step, folder = best_checkpoint(out / _CHECKPOINTS)
     metrics = _metrics(trainer, step)
-    spent = record.get("seconds", 0.0) + time.monotonic() - began
+    spent = record["seconds"] if record.get("finished") else clock.spent()
     if state.is_main_process:
         own = getattr(selector.config, "own_tokens", False)
         save_selector(
@@ -259,17 +260,28 @@ def _agree(
     return record
 
 
-def _rows(trainer: SelectorTrainer, step: int) -> list[dict[str, Any]]:
-    """Find what was logged of the held-out samples at a step."""
-    history = trainer.state.log_history
-    return [row for row in history if row.get("step") == step and "eval_loss" in row]
+class _Clock(TrainerCallback):
+    """Adds up the time of a run; with every checkpoint it is written down."""
+
+    def __init__(self, path: Path, record: Mapping[str, Any], began: float) -> None:
+        self._path, self._record, self._began = path, record, began
+
+    def spent(self) -> float:
+        """Seconds of this session and those before it."""
+        return float(self._record.get("seconds", 0.0)) + time.monotonic() - self._began
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_json(self._path, {**self._record, "seconds": self.spent()})
 
 
 def _metrics(trainer: SelectorTrainer, step: int) -> dict[str, float]:
-    """Return what the held-out samples said at a step."""
+    """Return what the held-out samples said at a step; the best and the last one have a row."""
+    history = trainer.state.log_history
+    rows = [row for row in history if row.get("step") == step and "eval_loss" in row]
     return {
         name.removeprefix("eval_"): float(value)
-        for name, value in _rows(trainer, step)[-1].items()
+        for name, value in rows[-1].items()
         if name.startswith("eval_") and isinstance(value, (int, float))
     }
 

@@ -148,15 +148,10 @@ class SampleLoader:
     together : questions of one video follow each other, so that it is decoded once. The videos are
         shuffled, and the questions of each. False shuffles questions without regard to videos.
     lanes : videos that are asked about in turn. With 1 all questions of a video stand in a row, so
-        a step of several samples sees few videos. With as many lanes as all processes have workers
-        (times the samples of a batch), a step sees a different video in each sample, and every
-        question of a video still comes to the same worker of the same process, one after another.
-        It should come from the recipe, so that the order does not depend on who runs it.
+        a step of several samples sees few videos. With a multiple of the samples of a step, each of
+        its samples is of another video, and the questions of a video come to the same place of
+        every so many-th step: one process and one of its workers see them, one after another.
     workers : processes that decode; 0 decodes in this one.
-    shard : (place of this process, number of processes). Sample n of an epoch goes to process
-        n modulo their number, so one step of all of them is the same stretch of samples, however
-        many they are.
-    even : leave out the last few samples of an epoch that do not go round all processes.
     prefetch : pieces of work that each worker is ahead.
     """
 
@@ -169,13 +164,8 @@ class SampleLoader:
         together: bool = True,
         lanes: int = 1,
         workers: int = 0,
-        shard: tuple[int, int] = (0, 1),
-        even: bool = False,
         prefetch: int = 2,
     ) -> None:
-        place, processes = shard
-        if not 0 <= place < processes:
-            raise OptionError(f"shard {place} of {processes}: the first must be below the second.")
         if workers < 0 or prefetch < 1 or lanes < 1:
             raise OptionError("workers must be at least 0, and prefetch and lanes at least 1.")
         self.samples = samples
@@ -184,18 +174,14 @@ class SampleLoader:
         self.together = together
         self.lanes = lanes
         self.workers = workers
-        self.shard = shard
-        self.even = even
         self.prefetch = prefetch
 
     def __len__(self) -> int:
-        """Count the samples of an epoch that go to this process."""
-        place, processes = self.shard
-        total = len(self.samples)
-        return total // processes if self.even else len(range(place, total, processes))
+        """Count the samples of an epoch."""
+        return len(self.samples)
 
     def order(self, epoch: int) -> list[int]:
-        """Return the examples of an epoch over all processes, in order."""
+        """Return the examples of an epoch, in order."""
         indices = list(range(len(self.samples)))
         if not self.shuffle:
             return indices
@@ -213,13 +199,11 @@ class SampleLoader:
         return [index for turn in turns for index in turn if index is not None]
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Sample | Damaged]:
-        """Yield this process's samples of epoch ``number``, from its sample ``start`` on.
+        """Yield the samples of epoch ``number``, from sample ``start`` on.
 
         What lies before ``start`` is not decoded.
         """
-        place, processes = self.shard
-        mine = self.order(number)[place::processes][start : len(self)]
-        batches = list(self._batches(mine))
+        batches = list(self._batches(self.order(number)[start:]))
         loader: DataLoader[list[Sample | Damaged]] = DataLoader(
             self.samples,  # type: ignore[arg-type]
             batch_sampler=batches,

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,28 +30,6 @@ logger = logging.getLogger(__name__)
 
 #: Fields of a model's config that change without changing the model.
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
-
-
-class Teacher(Protocol):
-    """Scores the visual tokens of samples."""
-
-    @property
-    def layer(self) -> int:
-        """Reference layer of the main model, 0-based."""
-
-    @property
-    def aggregation(self) -> Aggregation:
-        """Aggregation over heads and asking tokens."""
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """All that decides a score."""
-
-    def scores(self, sample: Sample, features: Tensor) -> Tensor:
-        """Score a sample: float32 ``(visual,)``.
-
-        ``features`` are those of the main model, host ``(feature tokens, hidden)``.
-        """
 
 
 class OnlineTeacher:

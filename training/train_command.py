@@ -245,8 +245,9 @@ def _run(
 def _dry_run(recipe: Any, data: Path | None, videos: Path | None, limit: int | None) -> None:
     from ..inference.terminal import out as console
     from .dry_run import report
+    from .run import settled
 
-    for line in report(recipe, data, videos, limit):
+    for line in report(settled(recipe), data, videos, limit):
         console.print(line, markup=False, highlight=False)
 
 

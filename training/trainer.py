@@ -248,13 +248,6 @@ class SelectorTrainer(Trainer):
             found += torch.tensor([1.0, float(loss), *quality], dtype=torch.float64)
         return found
 
-    def finish(self) -> None:
-        """Evaluate and save at the end, where the last step did neither."""
-        self.control.should_evaluate = self.control.should_save = True
-        metrics = self._evaluate(None, None)
-        self._determine_best_metric(metrics=metrics, trial=None)
-        self._save_checkpoint(self.model, None)
-
     # -- files -------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

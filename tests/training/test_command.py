@@ -89,3 +89,12 @@ def test_the_dry_run_needs_no_weights():
     assert "4 GPUs x 1 x 1 = 4 samples" in said
     assert "13,440 visual tokens" in said
     assert "ZeRO-3" in said
+
+
+def test_the_dry_run_reads_the_testbeds_models_too_and_refuses_what_the_run_would(recipe):
+    code, said = _run("train-selector", "qwen", "--dry-run", "--recipe", str(recipe))
+    assert code == 0, said
+    # Three videos with two questions each, of which two samples are held out.
+    assert "steps 2: 4 samples" in said
+    code, said = _run("train-selector", "qwen", "--dry-run", "--layer", "99")
+    assert (code, "99" in said) == (1, True)

@@ -139,23 +139,6 @@ def test_epochs_and_seeds_differ_and_repeat(examples: list[Example]) -> None:
     assert SampleLoader(samples, shuffle=False).order(5) == list(range(len(samples)))
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_processes_share_an_epoch_step_by_step(examples: list[Example], processes: int) -> None:
-    samples = sample_set(examples)
-    order = SampleLoader(samples).order(0)
-    for even in (True, False):
-        loaders = [
-            SampleLoader(samples, shard=(place, processes), even=even) for place in range(processes)
-        ]
-        parts = [list(loader.epoch(0)) for loader in loaders]
-        assert [len(part) for part in parts] == [len(loader) for loader in loaders]
-        steps = [
-            part[step] for step in range(max(map(len, parts))) for part in parts if step < len(part)
-        ]
-        wanted = len(order) // processes * processes if even else len(order)
-        assert ids(steps) == [examples[index].id for index in order[:wanted]]
-
-
 @pytest.mark.parametrize(("processes", "workers"), [(1, 1), (1, 4), (2, 3), (4, 1)])
 def test_lanes_bring_a_video_to_one_worker_and_many_videos_to_a_step(
     processes: int, workers: int
@@ -193,12 +176,6 @@ def test_videos_that_take_turns_are_remembered(examples: list[Example]) -> None:
         for index in range(len(turns)):
             samples[index]
         assert len(samples.decoded) == decoded
-
-
-def test_impossible_shards_are_refused(examples: list[Example]) -> None:
-    for shard in ((2, 2), (-1, 2), (0, 0)):
-        with pytest.raises(OptionError, match="shard"):
-            SampleLoader(sample_set(examples), shard=shard)
 
 
 def cut(path: Path, share: float) -> None:

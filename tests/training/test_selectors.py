@@ -44,8 +44,9 @@ def test_its_record_is_whole_and_it_comes_near_its_teacher(trained):
 def test_it_finds_needles(trained, tmp_path):
     name, model, selector = trained
     processor = flexselect.load_processor(checkpoint_folder(name))
-    videos = needle_videos(tmp_path, split="validation", frames=128, count=4, questions=3)
+    videos = needle_videos(tmp_path, split="validation", frames=128, count=2, questions=3)
     found = compare(model, processor, selector, videos)
-    assert found.questions == 12
-    assert found.lite_recall >= 0.75
-    assert found.lite >= 0.7
+    assert found.questions == 6
+    # A selector that knows nothing would keep a needle in one of four.
+    assert found.lite_recall >= 4 / 6
+    assert found.lite >= 4 / 6

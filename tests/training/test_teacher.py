@@ -87,13 +87,14 @@ def test_only_layers_below_the_reference_layer_run(examples: list[Example]) -> N
 def test_knobs_decide_the_scores(examples: list[Example]) -> None:
     architecture, _ = tiny("internvl")
     sample, features = samples_of(examples[:1], "internvl")[0]
-    knobs: list[dict[str, Any]] = [
+    changes: list[dict[str, Any]] = [
         {},
         {"layer": 2},
         {"aggregation": "mean"},
         {"query": "last"},
         {"frames_per_set": 8},
     ]
+    knobs = [{"query": "all", **change} for change in changes]
     found = [OnlineTeacher(architecture, **k).scores(sample, features) for k in knobs]
     for index, scores in enumerate(found):
         for other in found[:index]:
@@ -114,7 +115,7 @@ def test_stored_scores_teach_the_same(family: str, examples: list[Example], tmp_
     online = OnlineTeacher(architecture, layer=3)
     stored = StoredTeacher(tmp_path)
     stored.check(architecture, layer=3, aggregation="max", frames_per_set=online.frames_per_set)
-    assert (stored.layer, stored.aggregation, stored.query) == (3, "max", "all")
+    assert (stored.layer, stored.aggregation, stored.query) == (3, "max", online.query)
     assert stored.usable(examples) == examples
     torch.manual_seed(0)
     for sample, features in samples_of(examples, family):

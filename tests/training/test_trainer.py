@@ -68,10 +68,9 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train(recipe_file: Path, data: Path, out: Path, **changes: Any) -> Trained:
-    options = {name: changes.pop(name) for name in ("scores", "limit") if name in changes}
-    limit = options.pop("limit", None)
+    options = {name: changes.pop(name) for name in ("scores", "progress") if name in changes}
     recipe: Recipe = read_recipe(recipe_file, **changes)
-    examples = read_examples(data, limit=limit)
+    examples = read_examples(data)
     return train(recipe, examples, out, device="cpu", dtype="float32", **options)
 
 
@@ -264,10 +263,18 @@ def test_weights_sharded_by_deepspeed_learn_the_same(plain, data, tmp_path):
 def test_a_finished_run_is_not_trained_again_and_another_one_is_refused(
     recipe_file, data, tmp_path
 ):
-    first = _train(recipe_file, data, tmp_path, epochs=1.0)
+    spent: list[float] = []
+
+    def look(stage: str, step: int, steps: int) -> None:
+        spent.append(json.loads((tmp_path / "run.json").read_text()).get("seconds", 0))
+
+    first = _train(recipe_file, data, tmp_path, epochs=1.0, progress=look)
+    # After the checkpoint of step 3 a kill loses no more than the time since then.
+    assert [seconds > 0 for seconds in spent] == [False, False, False, True]
     stamp = (checkpoints(tmp_path / "checkpoints")[-1][1] / "model.safetensors").stat().st_mtime_ns
     second = _train(recipe_file, data, tmp_path, epochs=1.0)
     assert second.metrics == first.metrics
+    assert second.seconds == first.seconds
     again = (checkpoints(tmp_path / "checkpoints")[-1][1] / "model.safetensors").stat().st_mtime_ns
     assert again == stamp
     with pytest.raises(CheckpointError, match="learning_rate"):
