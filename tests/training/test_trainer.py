@@ -131,7 +131,7 @@ def test_accumulated_batches_equal_one_larger_batch(plain, recipe_file, data, tm
 
 
 def test_checkpointing_changes_nothing(plain, recipe_file, data, tmp_path, monkeypatch):
-    again: list[Any] = []
+    again = []
     recompute = trainer.checkpoint
 
     def count(*inputs: Any, **options: Any) -> Any:
@@ -177,7 +177,7 @@ def test_stored_scores_teach_as_the_teacher_itself(plain, recipe_file, data, tmp
 def test_workers_change_nothing_and_each_video_is_encoded_once(
     plain, recipe_file, data, tmp_path, monkeypatch
 ):
-    encoded: list[int] = []
+    encoded = []
     encode = Tutor._encode
     monkeypatch.setattr(
         Tutor, "_encode", lambda self, pixels: encoded.append(1) or encode(self, pixels)
@@ -263,7 +263,7 @@ def test_weights_sharded_by_deepspeed_learn_the_same(plain, data, tmp_path):
 def test_a_finished_run_is_not_trained_again_and_another_one_is_refused(
     recipe_file, data, tmp_path
 ):
-    spent: list[float] = []
+    spent = []
 
     def look(stage: str, step: int, steps: int) -> None:
         spent.append(json.loads((tmp_path / "run.json").read_text()).get("seconds", 0))
