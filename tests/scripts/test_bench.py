@@ -227,9 +227,8 @@ def test_the_whole_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert str(ROOT) not in said
 
 
-def test_compiled_layers_rank_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_layers_rank_alike() -> None:
     """Scoring calls the layers as modules, so what compiles them for the model serves it, too."""
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
     subject = build_subject("qwen2_5_vl", "tiny", device="cpu")
     architecture = architecture_of(subject.model)
     arguments = (
@@ -238,7 +237,8 @@ def test_compiled_layers_rank_alike(monkeypatch: pytest.MonkeyPatch) -> None:
         2,
         torch.arange(25, 30),
     )
-    with torch.no_grad():
+    # The script's own setting must not outlive the test; monkeypatch would delete it for good.
+    with torch.no_grad(), torch._dynamo.config.patch(suppress_errors=False):
         expected = architecture.states(*arguments)
         bench.compile_layers(subject, backend="eager")
         torch._dynamo.reset()
