@@ -123,7 +123,7 @@ def test_stored_scores_teach_the_same(family: str, examples: list[Example], tmp_
         assert torch.equal(
             ours.unique(return_inverse=True)[1], theirs.unique(return_inverse=True)[1]
         )
-        # Below a billionth of the greatest, float16 runs out of bits for the value, not for its rank.
+        # Below a billionth of the greatest, values run out of bits in float16; ranks do not.
         torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-12 * float(ours.max()))
         # A student's loss and its gradient are therefore the same to the last bit.
         student = torch.rand(len(ours), requires_grad=True)
