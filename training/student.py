@@ -320,7 +320,7 @@ def save_selector(
             name: value.to(dtype) if value.is_floating_point() else value
             for name, value in state.items()
         }
-    draft = folder.with_name(f".{folder.name}.partial")
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     selector.save_pretrained(draft, state_dict=state)
     if dtype is not None:
