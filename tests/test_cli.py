@@ -457,6 +457,8 @@ def test_interrupted_at_a_terminal(folder: Path, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=end,
         text=True,
+        # Tests that run in the background of a shell hand on that they ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     os.close(end)
     try:
