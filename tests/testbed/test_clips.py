@@ -183,9 +183,10 @@ def test_a_focused_clip_asks_first_for_a_mark_among_near_misses(kind, looks, see
     shown = list(visible(pool, clip, cell_slots).values())
     assert mark in shown
     named = [[m[a] == mark[a] for a in range(3) if a != wanted] for m in shown]
-    # Whatever fits the question is the mark itself; most of the others fit half of it.
+    # Whatever fits the question is the mark itself; most of the others fit half of it, of which
+    # marks drawn blindly do in a quarter of the cases.
     assert all(m == mark for m, same in zip(shown, named, strict=True) if all(same))
-    assert sum(map(any, named)) >= 0.8 * len(shown)
+    assert sum(map(any, named)) > 0.5 * len(shown)
     (text, answer), *more = ask(pool, clip, cell_slots, rng, tasks=TASKS[:3], count=4)
     words = (COLOURS, SHAPES, DIGITS)
     assert answer == words[wanted][mark[wanted]]
