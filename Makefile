@@ -25,6 +25,11 @@ MODEL ?= qwen
 # $(call option,name,VARIABLE): --name with the variable's value, where it has one.
 option = $(if $($(2)),--$(1) '$($(2))')
 
+# The folder of the family that MODEL may name for short.
+FOLDER_qwen := qwen2_5_vl
+FOLDER_llava := llava_video
+FAMILY = $(or $(FOLDER_$(or $(MODEL),qwen)),$(MODEL))
+
 # Passive waiting: threads that spin on busy cores cost more than they gain.
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -72,12 +77,13 @@ fixtures: install ## compare with the golden data in FIXTURES=folder
 		echo "No golden data at $(FIXTURES); name its folder: make fixtures FIXTURES=..." >&2; exit 1; fi
 	$(BIN)/python scripts/check_fixture.py "$(FIXTURES)"
 
-eval: install ## compare methods on benchmarks; MODEL= CKPT= TASKS= METHODS= SELECTOR= LIMIT= GPUS=
+eval: install ## compare methods on benchmarks; MODEL= CKPT= TASKS= METHODS= SELECTOR= LIMIT= GPUS= REPORTS=1
 	$(BIN)/flexselect eval $(strip $(MODEL) $(call option,ckpt,CKPT) $(call option,tasks,TASKS) \
 		$(call option,methods,METHODS) $(call option,selector,SELECTOR) \
 		$(call option,budget,BUDGET) $(call option,layer,LAYER) $(call option,frames,FRAMES) \
 		$(call option,fps,FPS) $(call option,gpus,GPUS) $(call option,limit,LIMIT) \
 		$(call option,include,INCLUDE) $(ARGS))
+	$(if $(REPORTS),$(BIN)/flexselect reports 'results/eval/$(FAMILY)/latest')
 
 recall: install ## which layer to read: recall@K of each; MODEL= CKPT= VIDEOS= NEEDLES= COUNT= OUT=
 	$(BIN)/flexselect recall $(strip \

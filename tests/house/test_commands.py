@@ -183,3 +183,15 @@ def test_lint_names_files_from_the_root(checkout: Path) -> None:
     result = run(checkout, "make", "lint")
     assert result.returncode != 0
     assert "\ncore/sets.py:1: error" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("model", "folder"),
+    [("", "qwen2_5_vl"), ("MODEL=llava", "llava_video"), ("MODEL=internvl", "internvl")],
+)
+def test_reports_are_of_the_run_just_made(checkout: Path, model: str, folder: str) -> None:
+    stand_in(checkout)
+    planned = run(checkout, "make", "-n", "eval", *model.split(), "REPORTS=1").stdout.splitlines()
+    assert "flexselect eval" in planned[-2]
+    assert planned[-1] == f".venv/bin/flexselect reports 'results/eval/{folder}/latest'"
+    assert "reports" not in run(checkout, "make", "-n", "eval", *model.split()).stdout
