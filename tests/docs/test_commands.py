@@ -33,12 +33,13 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PAGES = [ROOT / "README.md", ROOT / "PORTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / name for name in ("README.md", "PORTING.md", "testbed/README.md")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 #: Blocks of these languages hold nothing but commands; in a block of none, lines that begin with a
 #: program named here are commands, and the rest is what they print.
 SHELLS = {"sh", "bash", "shell"}
 PROGRAMS = ("make", "flexselect", "python", "pip", "cp", "torchrun", "bash")
-MARKS = ("# needs the hub", "# needs a GPU")
+MARKS = re.compile(r" #.*\bneeds (the hub|a GPU)$")
 #: A name with a number in it behind an owner's, and no file: Qwen/Qwen2.5-VL-7B-Instruct.
 HUB_ID = re.compile(
     r"(?<![\w./-])[\w-]+/(?![\w.-]*\.(?:mp4|py|yaml|html|sh)\b)[A-Za-z][\w.-]*\d[\w.-]*(?![\w/])"
@@ -50,8 +51,11 @@ def blocks(path: Path) -> Iterator[tuple[str, str, bool]]:
     page = path.read_text()
     fence = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```\s*$", re.M | re.S)
     for block in fence.finditer(page):
-        said = re.search(r"needs?\s+the\s+(hub|weights)", re.sub(fence, "", page[: block.start()]))
-        yield block[2], block[3], said is not None
+        before = page[: block.start()].rstrip()
+        # What introduces the page holds for all of it, a paragraph for the block that follows it.
+        said = [before.split("\n## ")[0], before.split("\n\n")[-1]]
+        needs = [re.search(r"needs?\s+the\s+(hub|weights)", re.sub(fence, "", s)) for s in said]
+        yield block[2], block[3], any(needs)
 
 
 def commands(path: Path) -> list[tuple[str, bool]]:
@@ -64,7 +68,7 @@ def commands(path: Path) -> list[tuple[str, bool]]:
             # Settings of the environment come before the program.
             program = re.sub(r"^(\w+=\S* +)+", "", line).split(" ")[0]
             if line and not line.startswith("#") and (language or program in PROGRAMS):
-                found.append((line, marked or line.endswith(MARKS)))
+                found.append((line, marked or MARKS.search(line) is not None))
     return found
 
 

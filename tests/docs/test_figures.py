@@ -1,15 +1,22 @@
-"""What the README says was measured is what the results file of the study holds."""
+"""What README and docs say was measured is what stored results hold; what was counted, counts."""
 
 from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
+from transformers import Qwen2Config
 
+from flexselect.scripts.bench_flops import prefill_flops, score_flops
+from flexselect.scripts.bench_report import first_token, from_frames
 from flexselect.tests.paths import ROOT
 
 RESULTS = ROOT / "docs" / "testbed.json"
+BENCH = ROOT / "docs" / "bench"
+#: Methods as docs/performance.md calls them, and as its stored outputs do.
+METHODS = {"full": "full", "training-free": "flexselect", "Lite": "flexselect-lite"}
 
 
 @pytest.mark.skipif(not RESULTS.is_file(), reason="the study's results are not in this tree")
@@ -25,3 +32,96 @@ def test_the_readmes_figures_are_the_studys() -> None:
         measured = cell["right"] / cell["asked"]
         # More questions may have been asked since; then the last digit may differ.
         assert abs(float(share) - measured) < 0.02, f"{method}: {measured:.2f} in docs/testbed.json"
+
+
+def performance(heading: str) -> tuple[str, dict[str, list[str]]]:
+    """Return a section of docs/performance.md, and the cells of its tables by the first one."""
+    page = (ROOT / "docs" / "performance.md").read_text()
+    section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in section.splitlines()]
+    return section, {row[0]: row[1:] for row in rows if len(row) > 1}
+
+
+def small() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the stored run of the small model, and its part of 512 frames."""
+    record = json.loads((BENCH / "qwen2_5_vl-small-cpu.json").read_text())
+    return record, next(part for part in record["lengths"] if part["frames"] == 512)
+
+
+def test_the_parts_are_as_fast_as_their_stored_output_says() -> None:
+    _, rows = performance("Bars")
+    parts = json.loads((BENCH / "micro-cpu.json").read_text())["parts"]
+    relevance, mapping = parts["relevance with projections"], parts["mapping back"]
+    (found,) = (row[-1] for name, row in rows.items() if name.startswith("relevance"))
+    assert found == f"{relevance['faster_cpu']:.1f}×"
+    ours, plain = relevance["ours_extra_mib"], relevance["plain_extra_mib"]
+    memory = rows["the same, memory beyond its inputs"][-1]
+    assert memory == f"{ours:.0f} MiB (plain {plain:,.0f})"
+    assert mapping["syncs"] == 0
+    mapped = rows["mapping 6,720 of 107,520 back"][-1]
+    assert mapped == f"{1e3 * mapping['ours_wall']:.1f} ms, none"
+    short, long = (parts[f"Spearman loss, {tokens} tokens"] for tokens in ("4,096", "13,440"))
+    assert rows["Spearman loss against plain, 4,096 and 13,440 tokens"][-1] == (
+        f"{short['faster_cpu']:.0f}× and {long['faster_cpu']:.0f}×; "
+        f"{short['ours_extra_mib']:.0f} and {long['ours_extra_mib']:.0f} MiB "
+        f"(plain {short['plain_extra_mib']:.0f} and {long['plain_extra_mib']:,.0f})"
+    )
+
+
+def test_the_small_model_is_as_fast_as_its_stored_output_says() -> None:
+    section, rows = performance("Bars")
+    _, length = small()
+    seconds = {said: first_token(length["methods"][m], "cpu") for said, m in METHODS.items()}
+    (training_free,) = (row[-1] for name, row in rows.items() if name.endswith("against full"))
+    for said, found in {"training-free": training_free, "Lite": rows["the same, Lite"][-1]}.items():
+        ratio = seconds["full"] / seconds[said]
+        assert found == f"{ratio:.1f}× ({seconds[said]:.1f} s of {seconds['full']:.1f} s)"
+    pictures = {said: from_frames(length, m, "cpu") for said, m in METHODS.items()}
+    faster = {said: pictures["full"] / pictures[said] for said in pictures}
+    words = " ".join(section.split())
+    assert f"training-free is {faster['training-free']:.2f} times and Lite" in words
+    assert f"{faster['Lite']:.1f} times faster than full" in words
+
+
+@pytest.mark.parametrize("said", METHODS)
+def test_stages_of_the_small_model_are_those_of_its_stored_output(said: str) -> None:
+    record, length = small()
+    kept, *seconds, memory = performance("Bars")[1][said]
+    method = length["methods"][METHODS[said]]
+    assert kept == f"{method['kept_tokens']:,}"
+    assert memory == f"{method['host_peak_mib']:.0f} MiB"
+    stages = {name: pair["cpu"] for name, pair in method["stages"].items()}
+    stages["further"] /= record["new_tokens"] - 1
+    for name, cell in zip(("score", "gather", "prefill", "further"), seconds, strict=True):
+        if cell != "–":
+            assert float(cell) == round(stages[name], len(cell.split(".")[1])), name
+
+
+def test_operations_of_a_question_are_those_of_the_formulas() -> None:
+    """LLaVA-Video-7B and its published selector; a question of 60 tokens in its template."""
+    section, rows = performance("The budget of a question")
+    model = Qwen2Config(
+        hidden_size=3584,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        vocab_size=152064,
+    )
+    lite = Qwen2Config(
+        hidden_size=896, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864
+    )
+    text = 75
+    sets = [(64 * 210 + text, text)] * 8
+    counted = {
+        "score, training-free (layers 0–18, 8 sets)": score_flops(model, 19, sets),
+        "score, Lite (23 layers of 0.5B)": score_flops(lite, 23, sets),
+        "prefill of 6,720 tokens and text": prefill_flops(model, 6720 + text),
+        "prefill of all 107,520 (full)": prefill_flops(model, 107520 + text),
+    }
+    for stage, operations in counted.items():
+        assert float(rows[stage][0].replace(",", "")) == pytest.approx(operations / 1e12, rel=5e-3)
+    free, fast, prefill, full = counted.values()
+    words = " ".join(section.split())
+    assert f"{full / (free + prefill):.1f} times faster than full from encoded features" in words
+    assert f"and Lite {full / (fast + prefill):.0f} times" in words

@@ -1,7 +1,6 @@
 """The README's first commands do what it says, run as a newcomer would, in an empty folder.
 
-What runs longer is run elsewhere on less: `make eval` in tests/evaluation, `make train-selector` in
-tests/training, `make recall` in tests/visualization, `make bench` in tests/scripts.
+`test_commands_run.py` says of every other command how it is run.
 """
 
 from __future__ import annotations
