@@ -82,6 +82,7 @@ def test_commands_parse(path: Path, line: str, marked: bool) -> None:
     check(line)
     names_one = HUB_ID.search(line.split(" #")[0])
     assert marked or not names_one, "names a hub id: mark it with '# needs the hub'"
+    assert names_one or not marked or line.endswith("needs a GPU"), "marked, and names no hub id"
 
 
 def check(line: str) -> None:

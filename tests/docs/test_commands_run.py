@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import os
 import re
 import shlex
@@ -20,12 +21,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 import flexselect
 from flexselect.tests.architectures import test_prompts
 from flexselect.tests.architectures.factories import FAMILIES
 from flexselect.tests.docs.test_commands import PAGES, commands
-from flexselect.tests.paths import ROOT
+from flexselect.tests.paths import ROOT, SMALL_MEDIA
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ ARCHITECTURES = "tests/architectures/test_prompts.py::test_prompts_are_as_record
 BENCH = "tests/scripts/test_bench.py::"
 HOUSE = "tests/house/test_commands.py::"
 STUDY = "tests/testbed/test_study.py::"
+RECALL = "tests/visualization/test_recall.py::"
 RANK = "tests/training/test_rank.py::"
 
 VIDEO = "python -m flexselect.testbed.make --split test --frames 512 --count 1 --out videos"
@@ -110,15 +113,15 @@ PROOFS: dict[str, Run | By] = {
         leaves="results/eval/internvl/latest/table.md",
     ),
     # Which layer to read.
-    "make recall": Run("make recall COUNT=1 FRAMES=64", leaves="build/recall/qwen/recall.png"),
-    "make recall MODEL=qwen": Run(
-        "make recall COUNT=1 FRAMES=64", leaves="build/recall/qwen/recall.csv"
+    "make recall": by(RECALL + "test_the_command_writes_curves_that_agree_and_recommends"),
+    "make recall MODEL=qwen": by(
+        RECALL + "test_the_command_writes_curves_that_agree_and_recommends"
     ),
     "make recall MODEL=internvl": Run(
         "make recall MODEL=internvl COUNT=1 FRAMES=64", leaves="build/recall/internvl/recall.png"
     ),
     "make recall CKPT=folder VIDEOS=folder NEEDLES=folder": by(
-        "tests/visualization/test_recall.py::test_pictures_hidden_in_real_videos_are_measured"
+        RECALL + "test_pictures_hidden_in_real_videos_are_measured"
     ),
     # Training a selector.
     "make train-selector MODEL=qwen": Run(
@@ -136,7 +139,9 @@ PROOFS: dict[str, Run | By] = {
         "make bench MODEL=qwen FRAMES=20 ARGS='--repeats 1 --new-tokens 2'",
         leaves="outputs/bench/micro-cpu.md",
     ),
-    "make bench MODEL=llava SHAPE=small": by(BENCH + "test_small_models_of_every_family"),
+    "make bench MODEL=llava SHAPE=small": by(
+        BENCH + "test_small_models_of_every_family", BENCH + "test_the_whole_benchmark"
+    ),
     'make bench MODEL=qwen SHAPE=small FRAMES="64 512" ARGS=--check': by(
         BENCH + "test_bars_say_what_was_found", BENCH + "test_a_missed_bar_is_an_exit_code"
     ),
@@ -154,8 +159,10 @@ PROOFS: dict[str, Run | By] = {
         VIDEO, leaves="videos/questions.jsonl"
     ),
     "python -m flexselect.testbed.make --split test --frames 64 --count 30 --out vniah"
-    " --pictures needles --haystack talk.mp4": by(
-        "tests/testbed/test_pictures.py::test_the_command_builds_and_resumes_the_real_picture_set"
+    " --pictures needles --haystack talk.mp4": Run(
+        "python -m flexselect.testbed.make --split test --frames 8 --count 1 --out vniah"
+        " --pictures needles --haystack talk.mp4",
+        leaves="vniah/test-0008-00000.mp4",
     ),
     "python -m flexselect.testbed.train --family qwen2_5_vl": by(
         "tests/testbed/test_train.py::test_a_miniature_learns_to_read_videos_from_scratch"
@@ -172,7 +179,7 @@ PROOFS: dict[str, Run | By] = {
 }
 
 #: Settings that say how much is done, not what.
-SIZES = {"ARGS", "COUNT", "FRAMES", "LIMIT", "METHODS", "--count"}
+SIZES = {"ARGS", "COUNT", "FRAMES", "LIMIT", "METHODS", "--count", "--frames"}
 #: As `make train-selector` does it, with fewer of everything.
 FEWER = {"videos": 3, "questions": 2, "frames": 32, "epochs": 1, "samples_per_device": 2}
 FEWER |= {"hold_out": 2, "evaluate_every": 1, "test_videos": 1, "test_frames": 64}
@@ -252,7 +259,7 @@ def perform(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[P
 
 
 def furnish(folder: Path) -> None:
-    """Put what `make` reads into a folder, so that outputs stay out of this one."""
+    """Put what commands read into a folder, so that outputs stay out of the repository."""
     for name in ("Makefile", "scripts"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "bin").mkdir()
@@ -262,6 +269,11 @@ def furnish(folder: Path) -> None:
     recipe = yaml.safe_load((ROOT / "shared_configs/training/qwen2_5_vl-tiny.yaml").read_text())
     assert FEWER.keys() <= recipe.keys()
     (folder / "small.yaml").write_text(yaml.safe_dump({**recipe, **FEWER}))
+    shutil.copy(SMALL_MEDIA / "h265_video.mp4", folder / "talk.mp4")
+    (folder / "needles").mkdir()
+    Image.new("RGB", (60, 40), "red").save(folder / "needles" / "red.png")
+    listing = [{"path": "red.png", "prompt": "Which colour is it?", "answer": "red"}]
+    (folder / "needles" / "dataset.json").write_text(json.dumps(listing))
 
 
 def build(house: Path) -> None:
@@ -289,6 +301,7 @@ def execute(line: str, folder: Path) -> str:
         command = [str(programs / program), *arguments]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     environment |= {"COLUMNS": "200", "FLEXSELECT_CACHE": str(folder / "cache")}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
