@@ -86,6 +86,7 @@ def selector_loss(
     "l2"          sum over tokens of ``(pred - target)**2``; the reference's, beside "spearman",
                   for LLaVA-Video-72B
     "top_recall"  ours: one minus a soft recall of the teacher's top tokens, in [0, 1]
+    "listnet"     divergence of ``softmax(pred)`` from ``softmax(target)`` over the tokens
     ============  =============================================================================
 
     A high rank correlation can hide a useless top, since most tokens are bulk. "top_recall" looks
@@ -100,6 +101,12 @@ def selector_loss(
     Matas, "Recall@k Surrogate Loss", CVPR 2022; cuts and widths that grow together, membership by
     share and linear time are ours. Its minimum is slightly above zero, and unlike "spearman" it
     parts tied predictions: its gradient at a constant prediction is finite but not zero.
+
+    "listnet" is the top-one loss of Cao, Qin, Liu, Tsai and Li, "Learning to Rank: From Pairwise
+    Approach to Listwise Approach", ICML 2007, less the entropy of the target, so that its minimum
+    is 0. Of logarithms of relevance, which it is meant for, the softmax is the share of the
+    attention that a token gets of all that the tokens get: what stands out weighs most, and the
+    order of the bulk next to nothing.
 
     Parameters
     ----------
@@ -129,6 +136,8 @@ def selector_loss(
         total = total + weights["spearman"] * _one_minus_pearson(soft, batch)
     if "top_recall" in weights:
         total = total + weights["top_recall"] * _one_minus_recall(soft, batch, top_fraction)
+    if "listnet" in weights:
+        total = total + weights["listnet"] * _divergence(batch)
     if "l1" in weights:
         total = total + weights["l1"] * batch.difference().abs().sum(dim=-1)
     if "l2" in weights:
@@ -214,8 +223,18 @@ def _one_minus_recall(soft: Tensor, batch: _Batch, top_fraction: float) -> Tenso
     return missed / cuts
 
 
+def _divergence(batch: _Batch) -> Tensor:
+    """Divergence of the prediction's softmax from the target's, (rows,), float64."""
+    # Padding takes part as a token of no weight; a row of nothing else must not become NaN.
+    pred, target = (
+        scores.double().masked_fill(~batch.mask, torch.finfo(torch.float32).min).log_softmax(dim=-1)
+        for scores in (batch.pred, batch.target)
+    )
+    return (target.exp() * (target - pred)).mul(batch.mask).sum(dim=-1)
+
+
 def _checked_terms(terms: Mapping[str, float]) -> Mapping[str, float]:
-    known = ("spearman", "l1", "l2", "top_recall")
+    known = ("spearman", "l1", "l2", "top_recall", "listnet")
     unknown = [name for name in terms if name not in known]
     if unknown:
         raise OptionError(f"unknown loss term {unknown[0]!r}: choose from {', '.join(known)}")

@@ -17,7 +17,7 @@ from ..core.spearman import DEFAULT_TOP_FRACTION
 from ..inference.registry import family_named
 
 FOLDER = Path(__file__).resolve().parent.parent / "shared_configs" / "training"
-TERMS = ("spearman", "top_recall", "l1", "l2")
+TERMS = ("spearman", "top_recall", "listnet", "l1", "l2")
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,11 @@ class Recipe:
             value = getattr(self, name)
             if not valid(value):
                 raise OptionError(f"{name} must be {expected}, got {value!r}.")
+        if "listnet" in self.loss and not self.log_scores:
+            raise OptionError(
+                "the loss term 'listnet' compares softmaxes, which raw relevance makes all alike: "
+                "set log_scores: true."
+            )
 
     def record(self) -> dict[str, Any]:
         """Return every setting, for run records."""

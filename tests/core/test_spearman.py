@@ -25,7 +25,7 @@ from flexselect.tests.paths import FIXTURES, needs_fixtures
 T = 1e-4
 EPS32 = torch.finfo(torch.float32).eps
 GOLDEN = Path(FIXTURES) / "spearman"
-TERMS = ("spearman", "l1", "l2", "top_recall")
+TERMS = ("spearman", "l1", "l2", "top_recall", "listnet")
 
 
 def plain_soft_rank(x: Tensor, temperature: float = T) -> Tensor:
@@ -449,7 +449,7 @@ def test_score_terms_are_sums_and_weights_add_up() -> None:
 
     torch.testing.assert_close(rows({"l1": 1}), torch.tensor([0.75, 1.5]))
     torch.testing.assert_close(rows({"l2": 1}), torch.tensor([0.3125, 1.25]))
-    weights = {"spearman": 1.0, "l1": 0.1, "l2": -2.0, "top_recall": 0.5}
+    weights = {"spearman": 1.0, "l1": 0.1, "l2": -2.0, "top_recall": 0.5, "listnet": 3.0}
     expected = sum(weight * rows({name: 1.0}) for name, weight in weights.items())
     torch.testing.assert_close(rows(weights), expected)
 
@@ -496,13 +496,47 @@ def test_top_recall_shares_the_edge_among_ties() -> None:
     torch.testing.assert_close(loss(target), expected)
 
 
+def test_listnet_is_the_divergence_of_shares() -> None:
+    """Of logarithms: it compares the shares themselves, whatever their sum, without padding."""
+    generator = torch.Generator().manual_seed(25)
+    pred, target = torch.rand(2, 3, 40, generator=generator, dtype=torch.float64)
+    mask = torch.rand(3, 40, generator=generator) < 0.7
+
+    def loss(pred: Tensor, target: Tensor) -> Tensor:
+        terms = {"listnet": 1.0}
+        return selector_loss(pred.log(), target.log(), mask, terms, reduction="none")
+
+    for row in range(3):
+        p, q = (scores[row, mask[row]] for scores in (target, pred))
+        p, q = p / p.sum(), q / q.sum()
+        expected = (p * (p / q).log()).sum()
+        torch.testing.assert_close(loss(pred, target)[row], expected)
+    torch.testing.assert_close(loss(3 * pred, target / 7), loss(pred, target))
+    torch.testing.assert_close(loss(5 * target, target), torch.zeros(3, dtype=torch.float64))
+
+
+def test_listnet_looks_at_what_stands_out() -> None:
+    """Missing the one token that has most of the attention costs more than all other order."""
+    target = torch.linspace(1e-4, 2e-4, 64)
+    target[5] = 0.5
+    missed, shuffled = target.clone(), target.flip(0)
+    missed[5] = 1e-4
+    shuffled[5], shuffled[58] = 0.5, 1e-4
+
+    def loss(pred: Tensor, term: str) -> float:
+        return float(selector_loss(pred.log(), target.log(), terms={term: 1.0}, temperature=0.1))
+
+    assert loss(missed, "spearman") < 0.2 < 1 < loss(shuffled, "spearman")
+    assert loss(shuffled, "listnet") < 0.02 < 2 < loss(missed, "listnet")
+
+
 # Options.
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"terms": {"speerman": 1.0}}, "speerman.*spearman, l1, l2, top_recall"),
+        ({"terms": {"speerman": 1.0}}, "speerman.*spearman, l1, l2, top_recall, listnet"),
         ({"terms": {}}, "at least one"),
         ({"terms": {"l1": math.nan}}, "'l1' must be finite"),
         ({"top_fraction": 0.0}, "top_fraction"),

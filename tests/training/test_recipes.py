@@ -64,6 +64,7 @@ def test_the_real_recipes_are_the_references(family):
         ({"family": "gpt"}, "gpt"),
         ({"source": " "}, "source"),
         ({"top_fraction": 1.5}, "top_fraction"),
+        ({"loss": {"listnet": 1.0}}, "log_scores: true"),
     ],
 )
 def test_what_is_wrong_in_a_recipe_is_named_with_its_file(changes, named, tmp_path):
