@@ -1,8 +1,8 @@
 """From clips and their turns to tensors that a language model trains on.
 
 A sequence is token for token what the family's processor makes of the same chat; only the tower is
-left out, because its output is looked up in the pool. Sequences are padded on the right to one
-length: attention is causal, so the padding is never seen, and the compiled model has one shape.
+left out, because its output is looked up in the pool. Sequences are padded on the right: attention
+is causal, so the padding is never seen.
 """
 
 from __future__ import annotations
@@ -70,12 +70,16 @@ class Scribe:
         """Ids between a question and its answer."""
         return list(self._ids(f"{TURN_END}\n{TURN_START}assistant\n"))
 
+    def question(self, text: str) -> list[int]:
+        """Write a question and what opens its answer."""
+        return [*self._ids(text), *self.reply]
+
     def chat(self, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[bool]]:
         """Write turns as a chat; the second list marks the answers and the ends after them."""
         ids: list[int] = []
         learned: list[bool] = []
         for number, (question, answer) in enumerate(turns):
-            asked = [*(self.turn_break if number else []), *self._ids(question), *self.reply]
+            asked = [*(self.turn_break if number else []), *self.question(question)]
             said = [*self._ids(answer), self.turn_end]
             ids += asked + said
             learned += [False] * len(asked) + [True] * len(said)
@@ -105,8 +109,14 @@ class Scribe:
         OptionError
             If a clip alone is longer than ``length``.
         """
+        framing = len(self.before) + len(self.after)
+        begins = [framing + int(clip.kept.sum()) for clip in clips]
+        if max(begins) > length:
+            raise OptionError(f"A clip of {max(begins)} tokens does not fit into length={length}.")
+        longest = max(at + len(ids) for at, (ids, _) in zip(begins, texts, strict=True))
         rows = [
-            self._row(pool, clip, *text, length) for clip, text in zip(clips, texts, strict=True)
+            self._row(pool, clip, *text, min(length, longest))
+            for clip, text in zip(clips, texts, strict=True)
         ]
         ids, features, positions, targets = (np.stack(part) for part in zip(*rows, strict=True))
         if positions.ndim == 3:
@@ -124,8 +134,6 @@ class Scribe:
         looked_up = (clip.scenes[frame] * pool.looks + clip.looks[frame]) * len(self.cell_slots)
         start, stop = len(self.before), len(self.before) + len(video)
         begin = stop + len(self.after)
-        if begin > length:
-            raise OptionError(f"A clip of {begin} tokens does not fit into length={length}.")
         text, learned = text[: length - begin], learned[: length - begin]
 
         ids = np.full(length, self.pad, dtype=np.int64)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .questions import RETRIEVAL, Mark, phrase
+from .questions import RETRIEVAL, TASK_OF, Mark, phrase
 from .scenes import COLOURS, DIGITS, EMPTY, GRID, SHAPES, SIZES, draw_frames, random_cells
 from .videos import HOLD, decode_video, encode_video
 
@@ -93,7 +93,7 @@ class Clip:
     kept : ndarray of shape (frames, slots), bool
         Tokens that are there.
     focus : tuple of int and Mark, optional
-        Attribute and mark that the clip was pruned for: what its first question asks.
+        Attribute and mark that tokens were selected for: what its first question asks.
     """
 
     scenes: NDArray[np.int64]
@@ -119,27 +119,21 @@ def pruned_clip(
     frames: int,
     ranked: Sequence[bool],
     cell_slots: Sequence[int],
-    focused: bool = False,
 ) -> Clip:
     """Draw a clip of which ``tokens`` tokens are left, near misses more than others.
 
     Selection keeps what resembles the question, so the answering pass is dense in marks that share
-    an attribute with it. Here the marks of a small palette are kept first; with ``focused``, those
-    that share just one of the two attributes that a question about one of them names. Unranked
-    tokens stay where any token of their frame does; times are consecutive or the original ones.
+    an attribute with it. Here the marks of a small palette are kept first. Unranked tokens stay
+    where any token of their frame does; times are consecutive or the original ones.
     """
     repeat = int(rng.randint(1, pool.looks + 1))
     scenes = _scenes(pool, rng, max(1, frames // repeat))
     total = len(scenes) * repeat
     appeal = rng.random_sample((total, len(ranked))) * 1.2
     marks = np.repeat(pool.marks[scenes], repeat, axis=0)
-    focus = _focus(marks, rng) if focused else None
-    if focus is not None:
-        appeal[:, list(cell_slots)] += _resemblance(marks, focus)
-    else:
-        chosen = [rng.permutation(size)[:keep] for size, keep in zip(SIZES, (3, 3, 5), strict=True)]
-        for attribute, palette in enumerate(chosen):
-            appeal[:, list(cell_slots)] += np.isin(marks[..., attribute], palette)
+    chosen = [rng.permutation(size)[:keep] for size, keep in zip(SIZES, (3, 3, 5), strict=True)]
+    for attribute, palette in enumerate(chosen):
+        appeal[:, list(cell_slots)] += np.isin(marks[..., attribute], palette)
     appeal[:, ~np.asarray(ranked)] = -np.inf
     there = int(np.isfinite(appeal).sum())
     best = np.argsort(-appeal, axis=None, kind="stable")[: min(tokens, there)]
@@ -153,32 +147,7 @@ def pruned_clip(
     if rng.random_sample() < 0.7:
         step = int(rng.randint(1, MAX_STEP + 1))
         times = np.cumsum(left) * step - step
-    return Clip(
-        clip.scenes[left], clip.looks[left], clip.runs[left], times[left], kept[left], focus
-    )
-
-
-def _focus(marks: NDArray[np.int64], rng: np.random.RandomState) -> tuple[int, Mark] | None:
-    """Choose a mark of ``(frames, cells, 3)`` to ask for, and which attribute of it."""
-    there = np.argwhere(marks[..., 0] != EMPTY)
-    if not len(there):
-        return None
-    frame, cell = there[rng.randint(len(there))]
-    colour, shape, digit = marks[frame, cell].tolist()
-    return int(rng.randint(3)), (colour, shape, digit)
-
-
-def _resemblance(marks: NDArray[np.int64], focus: tuple[int, Mark]) -> NDArray[np.float64]:
-    """Say how much each mark ``(frames, cells, 3)`` resembles what is asked: ``(frames, cells)``.
-
-    The asked mark comes first, then near misses; a mark that would be another answer is not there.
-    """
-    wanted, mark = focus
-    same = marks == np.array(mark)
-    named = same.sum(axis=2) - same[..., wanted]
-    resemblance = 2.0 * named
-    resemblance[(named == 2) & ~same[..., wanted]] = -np.inf
-    return resemblance
+    return Clip(clip.scenes[left], clip.looks[left], clip.runs[left], times[left], kept[left])
 
 
 def drill(
@@ -233,7 +202,7 @@ def ask(
     Returns
     -------
     list of (question, answer)
-        What the clip was pruned for, then tasks as often as ``tasks`` names them, as far as the
+        What tokens were selected for, then tasks as often as ``tasks`` names them, as far as the
         clip has marks for them.
     """
     shown = _shown(pool, clip, cell_slots)
@@ -243,7 +212,7 @@ def ask(
     asked: dict[str, str] = {}
     if clip.focus is not None:
         wanted, mark = clip.focus
-        asked.update([phrase(_TASK_OF[wanted], [mark])])
+        asked.update([phrase(TASK_OF[wanted], [mark])])
     for _ in range(count * 3):
         task = tasks[rng.randint(len(tasks))]
         marks = _marks_for(task, shown, answers, rng)
@@ -264,8 +233,6 @@ class _Sight(NamedTuple):
 
 
 _Answers = dict[tuple[int, int, int], set[int]]
-#: The task that asks for each attribute.
-_TASK_OF = ("colour", "shape", "number")
 
 
 def _shown(pool: Pool, clip: Clip, cell_slots: Sequence[int]) -> list[_Sight]:
@@ -300,7 +267,7 @@ def _marks_for(
     sight = shown[rng.randint(len(shown))]
     colour, shape, _ = sight.mark
     if task in RETRIEVAL:
-        wanted = _TASK_OF.index(task)
+        wanted = TASK_OF.index(task)
         return [sight.mark] if len(answers[_key(sight.mark, wanted)]) == 1 else None
     if task == "count":
         # Few chance upon a shape and colour that recurs; look for one half of the time.

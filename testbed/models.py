@@ -60,6 +60,8 @@ class Family(ABC):
         Pictures that the tower merges into one frame of visual tokens.
     time_units : int
         Rope units a second, where positions know time.
+    placeholder : str
+        Token that stands for a visual one in expanded ids, by its name in ``VISION_TOKENS``.
     processor, tokenizer : Any
         The real processor and the testbed's tokenizer.
     """
@@ -67,6 +69,7 @@ class Family(ABC):
     name: str
     pictures_per_frame: int = 1
     time_units: int = 1
+    placeholder: str = "video_token"
 
     def __init__(self) -> None:
         self.processor = self.make_processor()
@@ -238,6 +241,7 @@ class InternVL(Family):
     """InternVL: every frame between tags, headed by its number, and plain positions."""
 
     name = "internvl"
+    placeholder = "context_image_token"
 
     def build(self, **text: Any) -> Any:
         """See `Family.build`."""

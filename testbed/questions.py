@@ -30,6 +30,8 @@ CHANCE = {
 TASKS = tuple(CHANCE)
 #: The tasks that retrieve an attribute of a single needle.
 RETRIEVAL = TASKS[:3]
+#: The task that asks for each attribute of a mark.
+TASK_OF = ("colour", "shape", "number")
 _MOST_COUNTED = 4
 
 _SEEDS_PER_SPLIT = 10**9

@@ -6,13 +6,13 @@
 3. *Language*: the language model learns to look marks up, first by drills, then by questions.
 4. *Near misses*: whole clips alternate with clips pruned to the tokens that resemble a question,
    because answering from selected tokens is denser in near misses than any clip.
-5. *Selected*: most clips are pruned for their first question, as selection prunes a long video, and
-   are as long as what a budget leaves of one.
+5. *Selected*: most clips are what selection, with the model's own attention as it is at that step,
+   leaves of a long video; whole clips keep what was learned before.
 
 Every picture passes through the h264 encoder and decoder and the family's real processor. No clip
-holds more than sixteen pictures of video; a pruned clip holds no more tokens than
-``Segment.tokens``. Every step draws from a generator of its own, so that a resumed run continues as
-an uninterrupted one.
+that the model answers from holds more than sixteen pictures or, where it is pruned or selected,
+more tokens than ``Segment.tokens`` or the largest of ``Selecting.budgets``. Every step draws from a
+generator of its own, so that a resumed run continues as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -22,11 +22,39 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .models import CELLS, Family
+from .models import Family
 from .questions import RETRIEVAL, TASKS
 
 #: Scenes filmed at once, as one video.
 REEL = 256
+
+
+@dataclass(frozen=True)
+class Selecting:
+    """How long videos are ranked for training clips.
+
+    Attributes
+    ----------
+    share : float
+        Share of the steps whose clips are selected.
+    layers : tuple of int
+        Reference layers, drawn evenly.
+    query : str
+        Text tokens that ask: "all" or "last".
+    budgets : tuple of int
+        Tokens to keep, drawn evenly, one a step.
+    sets : tuple of int
+        Fewest and most sets of a video.
+    frames_per_set : int
+        Frames of a set.
+    """
+
+    share: float
+    layers: tuple[int, ...]
+    query: Literal["all", "last"]
+    budgets: tuple[int, ...]
+    sets: tuple[int, int]
+    frames_per_set: int = 16
 
 
 @dataclass(frozen=True)
@@ -38,7 +66,7 @@ class Segment:
     kind : str
         "drill" or "questions".
     steps, batch, length : int
-        Steps, clips a step, and tokens a clip with its text.
+        Steps, clips a step, and most tokens a clip with its text.
     pictures : tuple of int
         Pictures of video a clip may have, drawn evenly.
     turns : int
@@ -47,13 +75,12 @@ class Segment:
         Share of the batches whose clips are pruned.
     tokens : int
         Ranked tokens a pruned clip keeps.
-    focused : float
-        Share of the pruned clips that are pruned for one question. These keep between a quarter
-        of ``tokens`` and all of them.
     tasks : tuple of str
         Tasks to ask, in proportion.
     gaps : int
         Most words of questions between the words of a drill.
+    selecting : Selecting, optional
+        How clips are selected from long videos, where some are.
     """
 
     kind: Literal["drill", "questions"]
@@ -64,9 +91,9 @@ class Segment:
     turns: int
     pruned: float = 0.0
     tokens: int = 0
-    focused: float = 0.0
     tasks: tuple[str, ...] = ()
     gaps: int = 0
+    selecting: Selecting | None = None
 
 
 @dataclass(frozen=True)
@@ -134,9 +161,10 @@ def default_recipe(family: Family) -> Recipe:
     slots, ranked = family.frame_slots()
     # A frame of InternVL and LLaVA-Video is one picture and has tokens beside its cells.
     room = len(slots) * 16 // family.pictures_per_frame - 32
-    # Tags and newlines are ranked like cells, and headers stay: more tokens to answer from.
-    tokens = 64 if len(slots) == CELLS else 96
-    headers = ranked.count(False)
+    selections = 700 if family.name == "internvl" else 450
+    selecting = _selecting(family)
+    # Headers of InternVL's frames stay with any token of theirs.
+    kept = max(selecting.budgets) * (1 + ranked.count(False))
     short, long = 8, 16
     return Recipe(
         tower_steps=towers,
@@ -181,21 +209,29 @@ def default_recipe(family: Family) -> Recipe:
                 (
                     Segment(
                         "questions",
-                        200,
+                        selections,
                         16,
-                        90 + tokens * (1 + headers),
+                        max(100 + kept, 160 + room),
                         (4, 8, long),
-                        4,
-                        pruned=0.75,
-                        tokens=tokens,
-                        focused=0.85,
+                        6,
                         tasks=RETRIEVAL,
+                        selecting=selecting,
                     ),
                 ),
             ),
         ),
         text={},
     )
+
+
+def _selecting(family: Family) -> Selecting:
+    """Return how the model of a family ranks, in its preset and so in training."""
+    # Sets are of 16 frames; a frame is one picture of InternVL's and LLaVA-Video's two a scene.
+    if family.name == "qwen2_5_vl":
+        return Selecting(0.7, (2,), "all", (32, 64, 96, 128), (6, 16))
+    if family.name == "internvl":
+        return Selecting(0.7, (4,), "last", (48, 96, 144, 192), (6, 24))
+    return Selecting(0.7, (4,), "all", (48, 96, 144, 192), (6, 24))
 
 
 def student_recipe(family: Family) -> Recipe:
@@ -212,7 +248,9 @@ def student_recipe(family: Family) -> Recipe:
         replace(drills, steps=300),
         replace(longer, steps=300),
         replace(questions, kind="drill", steps=bridge, turns=12, tasks=(), gaps=4),
-        replace(questions, steps=500),
+        # Attributes are learned one after another, that of Qwen2.5-VL's and LLaVA-Video's colours
+        # last.
+        replace(questions, steps=500 if family.name == "internvl" else 1100),
     )
     return replace(
         whole,

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .batches import IGNORE, Batch, Scribe, embed
-from .clips import Pool, ask, drill, film_scenes, pruned_clip, whole_clip
+from .clips import Clip, Pool, ask, drill, film_scenes, pruned_clip, whole_clip
 from .models import Family
 from .questions import split_seed
 from .recipe import REEL, Phase, Recipe, Segment
+from .rehearsal import Rehearsal
 from .scenes import EMPTY, SIZES
 
 _TOWER, _POOL, _CLIPS, _HELD_OUT = range(4)
@@ -85,8 +86,6 @@ def train_language(
     optimizer: torch.optim.Optimizer,
     seed: int,
     start: int = 0,
-    *,
-    compiled: bool = True,
 ) -> Iterator[tuple[int, float, float]]:
     """Run a phase from step ``start``; yields step, loss and share of right answers.
 
@@ -107,12 +106,18 @@ def train_language(
         ).last_hidden_state
         return nn.functional.linear(states, table.weight)
 
-    run = torch.compile(answer, dynamic=False) if compiled else answer
+    rehearsals = {
+        segment.selecting: Rehearsal(family, model, pool, scribe, segment.selecting)
+        for segment in phase.segments
+        if segment.selecting is not None
+    }
     for step in range(start, phase.steps):
         rng = _generator(seed, _CLIPS + 10 * len(phase.name), step)
-        batch = make_batch(scribe, pool, phase.at(step), rng)
+        segment = phase.at(step)
+        rehearsal = rehearsals[segment.selecting] if segment.selecting is not None else None
+        batch = make_batch(scribe, pool, segment, rng, rehearsal)
         embeddings = embed(batch, table.weight, pool.features, family.newline(model))
-        logits = run(embeddings, batch.positions)
+        logits = answer(embeddings, batch.positions)
         learned = batch.targets != IGNORE
         chosen, targets = logits[learned], batch.targets[learned]
         loss = nn.functional.cross_entropy(chosen, targets)
@@ -122,34 +127,16 @@ def train_language(
         yield step, loss.item(), right.item()
 
 
-def make_batch(scribe: Scribe, pool: Pool, segment: Segment, rng: np.random.RandomState) -> Batch:
-    """Draw the clips of one step and what is asked of them."""
-    pruned = rng.random_sample() < segment.pruned
+def make_batch(
+    scribe: Scribe,
+    pool: Pool,
+    segment: Segment,
+    rng: np.random.RandomState,
+    rehearsal: Rehearsal | None = None,
+) -> Batch:
+    """Draw the clips of one step and what is asked of them; ``rehearsal`` selects where it may."""
     clips, texts = [], []
-    for _ in range(segment.batch):
-        if pruned:
-            focused = bool(segment.focused) and rng.random_sample() < segment.focused
-            tokens = segment.tokens
-            if focused:
-                tokens = int(rng.randint(segment.tokens // 4, segment.tokens + 1))
-            clip = pruned_clip(
-                pool,
-                rng,
-                tokens=tokens,
-                # So many that near misses alone can fill a clip that is pruned for a question.
-                frames=int(rng.randint(tokens // 4, tokens + 1)) * (3 if focused else 1),
-                ranked=scribe.ranked,
-                cell_slots=scribe.cell_slots,
-                focused=focused,
-            )
-        else:
-            pictures = segment.pictures[rng.randint(len(segment.pictures))]
-            clip = whole_clip(
-                pool,
-                rng,
-                frames=max(1, pictures // scribe.family.pictures_per_frame),
-                slots=len(scribe.slots),
-            )
+    for clip in _draw_clips(scribe, pool, segment, rng, rehearsal):
         clips.append(clip)
         if segment.kind == "drill":
             named = drill(pool, clip, scribe.cell_slots, rng, segment.turns, gaps=segment.gaps)
@@ -160,6 +147,41 @@ def make_batch(scribe: Scribe, pool: Pool, segment: Segment, rng: np.random.Rand
             )
             texts.append(scribe.chat(turns))
     return scribe.batch(pool, clips, texts, segment.length)
+
+
+def _draw_clips(
+    scribe: Scribe,
+    pool: Pool,
+    segment: Segment,
+    rng: np.random.RandomState,
+    rehearsal: Rehearsal | None,
+) -> Iterator[Clip]:
+    """Draw the clips of one step, all of one kind: selected, pruned or whole."""
+    selecting = segment.selecting
+    if rehearsal is not None and selecting is not None and rng.random_sample() < selecting.share:
+        budget = int(rng.choice(selecting.budgets))
+        for _ in range(segment.batch):
+            yield rehearsal.clip(rng, budget)
+        return
+    pruned = rng.random_sample() < segment.pruned
+    for _ in range(segment.batch):
+        if pruned:
+            yield pruned_clip(
+                pool,
+                rng,
+                tokens=segment.tokens,
+                frames=int(rng.randint(segment.tokens // 4, segment.tokens + 1)),
+                ranked=scribe.ranked,
+                cell_slots=scribe.cell_slots,
+            )
+        else:
+            pictures = segment.pictures[rng.randint(len(segment.pictures))]
+            yield whole_clip(
+                pool,
+                rng,
+                frames=max(1, pictures // scribe.family.pictures_per_frame),
+                slots=len(scribe.slots),
+            )
 
 
 def language_optimizer(family: Family, model: Any) -> torch.optim.AdamW:

@@ -48,7 +48,6 @@ def train(
     *,
     work: Path,
     seed: int = 0,
-    compiled: bool = True,
     save_every: int = 100,
     tower: Any | None = None,
 ) -> tuple[Any, list[dict[str, float | str]]]:
@@ -64,8 +63,6 @@ def train(
         Folder of the saved state.
     seed : int
         Decides weights and data.
-    compiled : bool
-        Compile the language model; pays after a few hundred steps.
     save_every : int
         Steps between saved states.
     tower : Any, optional
@@ -108,9 +105,7 @@ def train(
         losses: list[float] = []
         rights: list[float] = []
         began = time.perf_counter()
-        for step, loss, right in train_language(
-            family, model, pool, phase, optimizer, seed, start, compiled=compiled
-        ):
+        for step, loss, right in train_language(family, model, pool, phase, optimizer, seed, start):
             losses.append(loss)
             rights.append(right)
             done = step + 1

@@ -171,29 +171,6 @@ def test_pruning_prefers_marks_that_resemble_each_other():
     assert colours(True) < colours(False) + 0.5
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from(sorted(SLOTS)), st.sampled_from([1, 2]), st.integers(0, 10**6))
-def test_a_focused_clip_asks_first_for_a_mark_among_near_misses(kind, looks, seed):
-    ranked, cell_slots = SLOTS[kind]
-    pool, rng = POOLS[looks], np.random.RandomState(seed)
-    clip = pruned_clip(
-        pool, rng, tokens=24, frames=60, ranked=ranked, cell_slots=cell_slots, focused=True
-    )
-    wanted, mark = clip.focus
-    shown = list(visible(pool, clip, cell_slots).values())
-    assert mark in shown
-    named = [[m[a] == mark[a] for a in range(3) if a != wanted] for m in shown]
-    # Whatever fits the question is the mark itself; most of the others fit half of it, of which
-    # marks drawn blindly do in a quarter of the cases.
-    assert all(m == mark for m, same in zip(shown, named, strict=True) if all(same))
-    assert sum(map(any, named)) > 0.5 * len(shown)
-    (text, answer), *more = ask(pool, clip, cell_slots, rng, tasks=TASKS[:3], count=4)
-    words = (COLOURS, SHAPES, DIGITS)
-    assert answer == words[wanted][mark[wanted]]
-    assert all(words[a][mark[a]] in text for a in range(3) if a != wanted)
-    assert all(other != text for other, _ in more)
-
-
 def test_filmed_scenes_pair_up_and_some_pairs_are_mixed():
     rng = np.random.RandomState(0)
     pictures, marks = film_scenes(64, rng, filled=0.8, mixed=True)

@@ -11,7 +11,14 @@ from flexselect.testbed.check import check_clips, family_inputs
 from flexselect.testbed.locate import FAMILIES
 from flexselect.testbed.models import family_of
 from flexselect.testbed.questions import compose
-from flexselect.testbed.recipe import Phase, Recipe, Segment, default_recipe, student_recipe
+from flexselect.testbed.recipe import (
+    Phase,
+    Recipe,
+    Segment,
+    Selecting,
+    default_recipe,
+    student_recipe,
+)
 from flexselect.testbed.train import save_checkpoint, train
 from flexselect.testbed.videos import draw_plot
 
@@ -60,6 +67,23 @@ def shortened(steps, **text):
                     ),
                 ),
             ),
+            Phase(
+                "selected",
+                1e-3,
+                2,
+                (
+                    Segment(
+                        "questions",
+                        steps,
+                        2,
+                        160,
+                        (4,),
+                        2,
+                        tasks=("number",),
+                        selecting=Selecting(0.5, (0,), "all", (8, 16), (2, 3), 4),
+                    ),
+                ),
+            ),
         ),
         text={"num_hidden_layers": 1, **text},
     )
@@ -68,7 +92,7 @@ def shortened(steps, **text):
 def test_a_miniature_learns_to_read_videos_from_scratch(tmp_path):
     torch.set_num_threads(1)
     family = family_of("qwen2_5_vl")
-    model, log = train(family, MINIATURE, work=tmp_path, compiled=False)
+    model, log = train(family, MINIATURE, work=tmp_path)
     assert log[0]["held_out"] > 0.5
     drills, questions = (
         [row for row in log if row["phase"] == "language" and row["step"] in steps]
@@ -99,9 +123,9 @@ def test_a_miniature_learns_to_read_videos_from_scratch(tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_stopped_run_goes_on_exactly_as_an_uninterrupted_one(name, tmp_path, monkeypatch):
     family, recipe = family_of(name), shortened(4)
-    whole, log = train(family, recipe, work=tmp_path / "whole", compiled=False, save_every=2)
+    whole, log = train(family, recipe, work=tmp_path / "whole", save_every=2)
     saved = train_module._State.save
-    for stop_after in (1, 1, 2):
+    for stop_after in (1, 1, 2, 2):
         saves = []
 
         def save(self, *arguments, saves=saves, stop_after=stop_after):
@@ -113,11 +137,9 @@ def test_a_stopped_run_goes_on_exactly_as_an_uninterrupted_one(name, tmp_path, m
         with monkeypatch.context() as patch:
             patch.setattr(train_module._State, "save", save)
             with pytest.raises(KeyboardInterrupt):
-                train(family, recipe, work=tmp_path / "parts", compiled=False, save_every=2)
-    parts, log_of_parts = train(
-        family, recipe, work=tmp_path / "parts", compiled=False, save_every=2
-    )
-    assert saves == [(1, 0), (1, 2)]
+                train(family, recipe, work=tmp_path / "parts", save_every=2)
+    parts, log_of_parts = train(family, recipe, work=tmp_path / "parts", save_every=2)
+    assert saves == [(2, 0), (2, 2)]
     for (key, one), (_, other) in zip(
         whole.state_dict().items(), parts.state_dict().items(), strict=True
     ):
@@ -132,7 +154,7 @@ def test_a_student_keeps_the_tower_of_its_teacher_and_learns_all_else(name, tmp_
     teacher = family.build(num_hidden_layers=1)
     torch.manual_seed(0)
     start = dict(family.build(**recipe.text).named_parameters())
-    student, _ = train(family, recipe, work=tmp_path, compiled=False, tower=teacher)
+    student, _ = train(family, recipe, work=tmp_path, tower=teacher)
     own = {id(p) for p in family.projector(student).parameters()}
     theirs = dict(teacher.named_parameters())
     tower = {id(p) for part in family.tower(student) for p in part.parameters()} - own
@@ -149,16 +171,15 @@ def test_a_student_keeps_the_tower_of_its_teacher_and_learns_all_else(name, tmp_
             family,
             recipe,
             work=tmp_path,
-            compiled=False,
             tower=family.build(num_hidden_layers=1),
         )
 
 
 def test_the_state_of_another_run_is_refused(tmp_path):
     family = family_of("internvl")
-    train(family, shortened(1), work=tmp_path, compiled=False)
+    train(family, shortened(1), work=tmp_path)
     with pytest.raises(CheckpointError, match="another family, seed or recipe"):
-        train(family, shortened(1), work=tmp_path, seed=1, compiled=False)
+        train(family, shortened(1), work=tmp_path, seed=1)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -199,3 +220,9 @@ def test_no_clip_of_the_recipe_is_longer_than_sixteen_pictures(name):
             frames = 16 // family.pictures_per_frame
             around = sum(len(part) for part in family.around())
             assert segment.length > around + frames * slots + 16
+            if segment.selecting is not None:
+                # A sixteenth of 512 frames, with everything that stays beside a kept token.
+                ranked = family.frame_slots()[1]
+                most = max(segment.selecting.budgets)
+                assert most >= 512 * sum(ranked) // family.pictures_per_frame // 16
+                assert segment.length > around + most * (1 + ranked.count(False)) + 16
