@@ -1,4 +1,4 @@
-"""Walk a decoder up to its reference layer and take the query and key states there.
+"""Walk a decoder up to its reference layer, or listen there, and take its query and key states.
 
 Works on any module built like transformers' Llama and Qwen2 text models: ``layers`` with
 ``input_layernorm`` and ``self_attn.{q_proj,k_proj}``, and a ``rotary_emb``. Attention weights are
@@ -7,7 +7,9 @@ never asked for, so any attention kernel serves.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,8 +93,7 @@ def layer_states(
     next one's are made.
     """
     wanted, highest = set(layers), max(layers)
-    kinds = getattr(decoder.config, "layer_types", None) or []
-    if "sliding_attention" in kinds[: highest + 1]:
+    if slides_below(decoder, highest):
         raise UnsupportedModelError(
             "This model uses sliding-window attention below its reference layer; relevance is "
             "defined over full attention. Set use_sliding_window to false in its config."
@@ -110,6 +111,58 @@ def layer_states(
             hidden = block(hidden, attention_mask=mask, position_embeddings=cos_sin)
             if index < len(added):
                 hidden = hidden + added[index].to(hidden.device, hidden.dtype)
+
+
+@contextmanager
+def listening(
+    decoder: Any,
+    layer: int,
+    tokens: int,
+    query_rows: Tensor,
+    heard: Callable[[LayerStates], object],
+) -> Iterator[None]:
+    """Take the states of a layer out of the next pass that the model makes by itself.
+
+    The pass computes what it would without a listener, and nothing is run twice but the layer's
+    norm and its query and key projections. The listener is gone once it heard a pass, and when this
+    is left, also by an error.
+
+    Parameters
+    ----------
+    decoder : the text model. A hook of its layer is held meanwhile.
+    layer : the layer to listen at, 0-based.
+    tokens : length of the pass that is meant, without padding. Another one, such as that of a
+        single new token or of a chunk of the prompt, is not heard; nor is one of another thread,
+        which may be answering from the same model, nor one that is being compiled.
+    query_rows : int64 ``(text,)``, tokens whose query states are wanted.
+    heard : called with the states of the first row of the batch, while the layer waits: what it
+        does not keep of them is let go of. Beams repeat the prompt, so the other rows are the same.
+    """
+    block, thread = decoder.layers[layer], threading.get_ident()
+
+    def hear(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if torch.compiler.is_compiling() or threading.get_ident() != thread:
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[1] != tokens:
+            return
+        handle.remove()
+        hidden = _follow(hidden[:1], block)
+        cos, sin = kwargs["position_embeddings"]
+        query, key = _query_and_key(block, hidden, (cos[:1], sin[:1]), query_rows)
+        heard(LayerStates(layer, hidden, query, key))
+
+    handle = block.register_forward_pre_hook(hear, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def slides_below(decoder: Any, layer: int) -> bool:
+    """Whether any layer up to ``layer`` attends only to a sliding window."""
+    kinds = getattr(decoder.config, "layer_types", None) or []
+    return "sliding_attention" in kinds[: layer + 1]
 
 
 def _query_and_key(

@@ -81,7 +81,7 @@ class Moment:
     Attributes
     ----------
     start, end : seconds from the beginning of the video.
-    score : relevance of its best visual token.
+    score : relevance of its best visual token, as `Selection.moments` ranks by it.
     kept : visual tokens kept in it.
     video : which video of the prompt.
     first_frame, last_frame : its frames, both included.
@@ -109,6 +109,12 @@ class Selection:
     scores : float32 ``(visual,)`` relevance, or None for a method that does not score.
     settings : what decided the result: method, its knobs, model, layer, versions.
     durations : seconds of each video; empty where only its frames' times are known.
+    reading : float32 ``(kept,)``, relevance of every kept token where the model read all of them
+        together, in the pass that it answered by; None where nobody listened to that. ``scores``
+        are of sets of frames: a softmax over each, so they order the tokens of a set, but some
+        token of a set in which nothing fits the question gets a high share too. Here all kept
+        tokens share one softmax, and compare. `Chat.ask` and `Video.ask` listen, whatever the
+        method; an applied model's ``generate`` does not.
     """
 
     kept: Tensor
@@ -118,6 +124,7 @@ class Selection:
     scores: Tensor | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     durations: tuple[float, ...] = ()
+    reading: Tensor | None = None
 
     @property
     def num_visual(self) -> int:
@@ -130,29 +137,56 @@ class Selection:
         return torch.bincount(self.frame[mine], minlength=len(self.times[video]))
 
     def frame_scores(self, video: int = 0) -> Tensor:
-        """Relevance of the best token of every frame of ``video``: float32 ``(frames,)``."""
+        """Score of the best token of every frame of ``video``: float32 ``(frames,)``."""
         if self.scores is None:
             raise ValueError("This selection was made without scores.")
         mine = self.video == video
         best = torch.zeros(len(self.times[video]))
         return best.scatter_reduce(0, self.frame[mine], self.scores[mine], "amax")
 
+    def frame_reading(self, video: int = 0) -> Tensor:
+        """Relevance of the best kept token of every frame of ``video`` as the model read it.
+
+        Returns
+        -------
+        float32 ``(frames,)``; 0 for a frame that keeps no token.
+        """
+        if self.reading is None:
+            raise ValueError("Nobody listened to the model when it read this selection.")
+        mine = self.video[self.kept] == video
+        best = torch.zeros(len(self.times[video]))
+        return best.scatter_reduce(0, self.frame[self.kept[mine]], self.reading[mine], "amax")
+
+    def moment_scores(self, video: int = 0) -> Tensor | None:
+        """Return what `moments` ranks the frames of ``video`` by: float32 ``(frames,)``.
+
+        That is `frame_reading` where the answer was listened to, else `frame_scores`; None for a
+        selection with neither.
+        """
+        if self.reading is not None:
+            return self.frame_reading(video)
+        return None if self.scores is None else self.frame_scores(video)
+
     def moments(self, limit: int = 5) -> list[Moment]:
         """Name the stretches of video with the most relevant frames, best first.
 
+        Frames are ranked by ``reading``: how relevant each was when the model read all that was
+        kept together, to answer. Where nobody listened to that (``generate`` of an applied model,
+        lmms-eval) they are ranked by ``scores``, which hold within a set of frames and compare
+        less well from set to set.
+
         A stretch grows from its best frame to both sides while frames keep a token and score at
-        least half of it. Empty for a selection without scores.
+        least half of it. Empty for a selection with neither reading nor scores.
         """
-        if self.scores is None:
-            return []
         found: list[Moment] = []
         for video in range(len(self.times)):
-            found += self._moments_of(video, limit)
+            ranked = self.moment_scores(video)
+            if ranked is not None:
+                found += self._moments_of(video, ranked.tolist(), limit)
         return sorted(found, key=lambda moment: -moment.score)[:limit]
 
-    def _moments_of(self, video: int, limit: int) -> list[Moment]:
+    def _moments_of(self, video: int, scores: list[float], limit: int) -> list[Moment]:
         kept = self.kept_per_frame(video).tolist()
-        scores = self.frame_scores(video).tolist()
         times = self.times[video].tolist()
         if self.durations:
             stop = self.durations[video]
@@ -183,8 +217,8 @@ class Selection:
         path = Path(path)
         tensors = {"kept": self.kept, "video": self.video, "frame": self.frame}
         tensors |= {f"times.{i}": times for i, times in enumerate(self.times)}
-        if self.scores is not None:
-            tensors["scores"] = self.scores
+        optional = {"scores": self.scores, "reading": self.reading}
+        tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
         # safetensors refuses tensors that share memory, as these may.
         tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
         pair = uuid.uuid4().hex
@@ -235,6 +269,7 @@ class Selection:
                 scores=tensors.get("scores"),
                 settings=record["settings"],
                 durations=tuple(record["durations"]),
+                reading=tensors.get("reading"),
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(

@@ -23,6 +23,7 @@ from .features import FRAMES_PER_CHUNK, Encoded, Features, Progress, encode
 from .methods import FlexSelect, Method
 from .pictures import choose_pictures, whole_groups, with_stamps
 from .policy import resolve_sampling
+from .reading import hearing
 from .timing import Clock, Tee
 from .video import DecodeReport, probe, read_frames
 
@@ -41,7 +42,8 @@ class Answer:
     ----------
     text : the answer.
     ids : int64 ``(tokens,)``, the generated token ids.
-    selection : which visual tokens it was read from, and their relevance.
+    selection : which visual tokens it was read from, and their relevance: in sets, if the method
+        scores, and as the model read them together.
     seconds : time by stage of this question: rank, gather, prefill (to the first token), answer.
         With beam search, prefill is part of answer.
     cut : whether it stopped at ``max_new_tokens`` instead of by itself.
@@ -160,7 +162,10 @@ class Chat:
         selection.settings.update(video.record, question=question)
         with clock("gather"):
             prefill = video.engine.prefill([video.engine.gather(encoded, selection)])
-        ids, cut = self._generate(encoded.prompt.layout.ids, prefill, clock, progress, generation)
+        prompt = encoded.prompt
+        with hearing(video.engine, prompt, selection) as reading:
+            ids, cut = self._generate(prompt.layout.ids, prefill, clock, progress, generation)
+        selection = reading.added_to(selection)
         tokenizer = video.processor.tokenizer
         text = tokenizer.decode(ids, skip_special_tokens=True).strip()
         reply = {"role": "assistant", "content": [{"type": "text", "text": text}]}

@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 import flexselect
 from flexselect import Selection
 from flexselect.cli import app
+from flexselect.inference import reading
 from flexselect.tests.architectures.factories import FAMILIES
 from flexselect.tests.paths import MEDIA, SMALL_MEDIA, needs_media
 
@@ -137,18 +138,38 @@ def test_options_reach_method_and_sampling(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "kept", "said"),
+    ("options", "kept", "method"),
     [
-        (["--method", "full"], 80, "read from the whole video: nothing was dropped method full,"),
-        (["--method", "uniform", "--budget", "32"], 32, "tokens that were not ranked method unif"),
-        (["--method", "random", "--budget", "20"], 32, "tokens that were not ranked method rand"),
-        (["--budget", "80"], 80, "read from the whole video: nothing was dropped method flexsel"),
+        (["--method", "full"], 80, "full"),
+        (["--method", "uniform", "--budget", "32"], 32, "uniform"),
+        (["--method", "random", "--budget", "20"], 32, "random"),
+        (["--budget", "80"], 80, "flexselect"),
     ],
 )
-def test_methods(folder: Path, options: list[str], kept: int, said: str) -> None:
+def test_methods(folder: Path, options: list[str], kept: int, method: str) -> None:
+    """None of these ranks, but all are read, and have moments."""
+    result = ask(folder, *options)
+    said = plain(result.stdout)
+    assert result.exit_code == 0
+    assert f"tokens 80 → {kept} visual" in said
+    assert re.search(r"read from \d:\d\d\.\d - \d:\d\d\.\d \(\d+ tokens, relevance ", said)
+    assert f"method {method}," in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--method", "full"], "read from the whole video: nothing was dropped method full,"),
+        (["--method", "uniform", "--budget", "32"], "tokens that were not ranked method uniform,"),
+    ],
+)
+def test_without_moments_it_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
+) -> None:
+    """As where sliding windows leave no layer to listen to."""
+    monkeypatch.setattr(reading, "reading_knobs", lambda _: None)
     result = ask(folder, *options)
     assert result.exit_code == 0
-    assert f"tokens 80 → {kept} visual" in plain(result.stdout)
     assert said in plain(result.stdout)
 
 

@@ -124,6 +124,8 @@ class _Sheet:
             # What is on no picture may score highest; the best visible cell is full colour.
             self.heat = (heat / heat.max().clamp(min=1e-30)).numpy()
             self.relevance = selection.frame_scores().tolist()
+        ranks = selection.moment_scores()
+        self.ranks = None if ranks is None else ranks.tolist()
         self.moments = selection.moments(limit)
         self.peaks = [self._peak(moment) for moment in self.moments]
         self.needle = None if needle is None else on_grid(needle, self.grid, frames).numpy()
@@ -146,20 +148,18 @@ class _Sheet:
         return float(self.video.record["duration"])
 
     def _peak(self, moment: Moment) -> int:
-        assert self.relevance is not None
+        assert self.ranks is not None
         frames = range(moment.first_frame, moment.last_frame + 1)
-        relevance = self.relevance
-        return max(frames, key=lambda frame: relevance[frame])
+        return max(frames, key=self.ranks.__getitem__)
 
     def _others(self) -> list[int]:
-        """Frames that are also worth a look: the most relevant, or the fullest, in order."""
+        """Frames that are also worth a look: the most relevant, or some of them, in order."""
         kept = self.per_frame.tolist()
-        worth = self.relevance or [float(count) for count in kept]
         read = [i for i, count in enumerate(kept) if count and i not in self.peaks]
-        if self.relevance is None:
+        if self.ranks is None:
             step = max(1, -(-len(read) // _FRAMES))
             return read[::step]
-        return sorted(sorted(read, key=lambda i: -worth[i])[:_FRAMES])
+        return sorted(sorted(read, key=self.ranks.__getitem__, reverse=True)[:_FRAMES])
 
     def figure(self, frame: int, caption: str) -> str:
         """Show a frame with its overlays over HTML of a caption."""
@@ -244,11 +244,13 @@ def _where(sheet: _Sheet, film: str) -> str:
     times = sheet.video.times.tolist()
     ranked = sheet.relevance is not None
     note = (
-        "How relevant each frame is to the question, and how much of it the model then read. A "
-        "number plays the video from that moment."
+        "How relevant each frame is to the question, and how much of it the model then read."
         if ranked
-        else "How much of each frame the model read. This method, or this budget, ranks nothing."
+        else "How much of each frame the model read. This method, or this budget, ranks nothing "
+        "before that."
     )
+    if pins:
+        note += " A number plays the video from that moment."
     return section(
         "Where it looked",
         note,
@@ -280,10 +282,15 @@ def _moments(sheet: _Sheet) -> str:
             f"relevance {moment.score:.2g}</span>"
         )
         items.append(f"<li>{sheet.figure(peak, caption)}</li>")
+    together = (
+        " Their relevance is the one they had when the model read all that was kept, to answer."
+        if sheet.selection.reading is not None
+        else ""
+    )
     return section(
         "The moments it was read from",
-        "The most relevant stretches, best first, each with its most relevant frame. Framed and "
-        "bright: the visual tokens that were kept. Dark: those that were dropped.",
+        f"The most relevant stretches, best first, each with its most relevant frame.{together} "
+        "Framed and bright: the visual tokens that were kept. Dark: those that were dropped.",
         _switch(sheet) + f'<ol class="pictures">{"".join(items)}</ol>',
     )
 
@@ -301,7 +308,7 @@ def _frames(sheet: _Sheet) -> str:
         )
         items.append(f"<li>{sheet.figure(frame, caption)}</li>")
     more = int((sheet.per_frame > 0).sum()) - len(sheet.others) - len(set(sheet.peaks))
-    which = "The most relevant of the other" if sheet.relevance is not None else "Some of the"
+    which = "The most relevant of the other" if sheet.ranks is not None else "Some of the"
     note = f"{which} frames of which something was kept, in order of time."
     if more > 0:
         note += f" {more:,} more are not shown."

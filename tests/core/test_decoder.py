@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,11 @@ from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Qwen3
 
 from flexselect.core import decoder
 from flexselect.core.decoder import (
+    LayerStates,
     check_layer,
     device_of,
     forget_length,
+    listening,
     reference_states,
     weight_of,
 )
@@ -129,6 +132,109 @@ def test_the_decoder_runs_whole_afterwards() -> None:
     with torch.no_grad():
         reference_states(decoder, embeds, torch.arange(5)[None], 1, torch.tensor([4]))
     assert torch.equal(run(), before)
+
+
+# -- listening -------------------------------------------------------------------------------------
+
+
+def drawn(sets: int, tokens: int) -> Tensor:
+    return torch.randn(sets, tokens, 32, generator=torch.Generator().manual_seed(tokens))
+
+
+def run(decoder: Any, embeds: Tensor, positions: Tensor | None = None, **options: Any) -> Tensor:
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+    if positions is None:
+        positions = torch.arange(embeds.shape[1]).expand(len(embeds), -1)
+    with torch.no_grad():
+        out = decoder(inputs_embeds=embeds, position_ids=positions, attention_mask=mask, **options)
+    return out.last_hidden_state
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("name", DECODERS)
+def test_states_heard_are_those_of_a_walk(name: str, layer: int, attention: str) -> None:
+    """Of three rows, the first; with positions that have gaps."""
+    decoder = build(name, attention)
+    embeds, rows = drawn(3, 9), torch.tensor([3, 8])
+    positions = torch.stack([torch.arange(9) * step + 5 for step in (3, 1, 2)])
+    silent = run(decoder, embeds, positions)
+    heard: list[LayerStates] = []
+    with listening(decoder, layer, 9, rows, heard.append):
+        assert torch.equal(run(decoder, embeds, positions), silent)
+        run(decoder, embeds * 2, positions)
+    [states] = heard
+    with torch.no_grad():
+        query, key = reference_states(decoder, embeds[:1], positions[:1], layer, rows)
+    assert states.layer == layer
+    assert states.hidden.shape == (1, 9, 32)
+    torch.testing.assert_close((states.query, states.key), (query, key), rtol=1e-5, atol=1e-5)
+
+
+def test_states_given_by_name_are_heard() -> None:
+    decoder = build("qwen2")
+    embeds, rows = drawn(1, 5), torch.tensor([4])
+    cos_sin = decoder.rotary_emb(embeds, torch.arange(5)[None])
+    heard: list[LayerStates] = []
+    with listening(decoder, 1, 5, rows, heard.append), torch.no_grad():
+        decoder.layers[1](hidden_states=embeds, attention_mask=None, position_embeddings=cos_sin)
+    assert torch.equal(heard[0].hidden, embeds)
+
+
+def test_the_first_pass_of_the_length_is_heard_and_no_other() -> None:
+    decoder = build("qwen2")
+    heard: list[LayerStates] = []
+    rows = torch.tensor([0])
+    with listening(decoder, 0, 5, rows, heard.append):
+        for tokens in (1, 4, 6):
+            run(decoder, drawn(1, tokens))
+        assert heard == []
+        run(decoder, drawn(1, 5))
+        run(decoder, 2 * drawn(1, 5))
+        assert not decoder.layers[0]._forward_pre_hooks
+    [states] = heard
+    assert torch.equal(states.hidden, drawn(1, 5))
+
+
+def test_a_pass_of_another_thread_is_not_heard() -> None:
+    decoder = build("qwen2")
+    heard: list[LayerStates] = []
+    with listening(decoder, 0, 5, torch.tensor([4]), heard.append):
+        other = threading.Thread(target=run, args=(decoder, 2 * drawn(1, 5)))
+        other.start()
+        other.join()
+        assert heard == []
+        run(decoder, drawn(1, 5))
+    assert torch.equal(heard[0].hidden, drawn(1, 5))
+
+
+def test_a_pass_that_is_compiled_whole_is_not_heard() -> None:
+    """Listening in on it would break the graph, and with it a caller's fullgraph=True."""
+    decoder = build("qwen2")
+    layer = torch.compile(decoder.layers[0], backend="eager", fullgraph=True)
+    embeds = drawn(1, 5)
+    cos_sin = decoder.rotary_emb(embeds, torch.arange(5)[None])
+    heard: list[LayerStates] = []
+    with torch.no_grad():
+        expected = decoder.layers[0](embeds, attention_mask=None, position_embeddings=cos_sin)
+        with listening(decoder, 0, 5, torch.tensor([4]), heard.append):
+            out = layer(embeds, attention_mask=None, position_embeddings=cos_sin)
+    torch.testing.assert_close(out, expected)
+    assert heard == []
+
+
+def test_a_listener_is_gone_after_an_error() -> None:
+    decoder = build("qwen2")
+
+    def fail(_: LayerStates) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), listening(decoder, 1, 5, torch.tensor([4]), fail):
+        run(decoder, drawn(1, 5))
+    assert not decoder.layers[1]._forward_pre_hooks
+    with pytest.raises(ZeroDivisionError), listening(decoder, 1, 5, torch.tensor([4]), fail):
+        raise ZeroDivisionError
+    assert not decoder.layers[1]._forward_pre_hooks
 
 
 def test_a_dynamic_rope_remembers_no_longer_prompt() -> None:

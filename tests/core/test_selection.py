@@ -148,6 +148,45 @@ def test_moments_without_scores_or_tokens() -> None:
     assert (only.start, only.end, only.kept) == (0.0, 0.0, 3)
 
 
+def test_moments_rank_by_the_reading_where_it_is_there() -> None:
+    """Sets of their own made frame 0 the best; read together, frame 4 is, and 2 and 3 after it."""
+    kept = [1, 6, 7, 9, 12, 13, 15]
+    reading = torch.tensor([0.1, 0.25, 0.3, 0.2, 0.9, 0.5, 0.01])
+    found = make(kept=kept, scores=[0.9, 0.8, 0.2, 0.1, 0.1, 0.7])
+    assert found.moments()[0].first_frame == 0
+    read = dataclasses.replace(found, reading=reading)
+    expected = torch.tensor([0.1, 0, 0.3, 0.2, 0.9, 0.01])
+    assert torch.equal(read.frame_reading(), expected)
+    assert [(m.start, m.end, m.kept) for m in read.moments()] == [
+        (8.0, 10.0, 2),
+        (4.0, 8.0, 3),
+        (0.0, 2.0, 1),
+        (10.0, 12.0, 1),
+    ]
+    assert [m.score for m in read.moments()] == pytest.approx([0.9, 0.3, 0.1, 0.01])
+    # Scores stay what they were, and are not needed.
+    assert torch.equal(read.frame_scores(), found.frame_scores())
+    assert dataclasses.replace(read, scores=None).moments() == read.moments()
+
+
+def test_the_reading_of_several_videos() -> None:
+    found = make((2, 3), kept=[0, 4, 6, 14])
+    found = dataclasses.replace(found, reading=torch.tensor([0.1, 0.2, 0.4, 0.3]))
+    assert found.frame_reading(0).tolist() == pytest.approx([0.1, 0.2])
+    assert found.frame_reading(1).tolist() == pytest.approx([0.4, 0.0, 0.3])
+    assert [(m.video, m.first_frame) for m in found.moments()] == [(1, 0), (1, 2), (0, 0)]
+
+
+def test_what_moments_rank_by() -> None:
+    assert make().moment_scores() is None
+    scored = make(scores=[0.1, 0.4, 0.2, 0.3, 0.5, 0.6])
+    ranked = scored.moment_scores()
+    assert ranked is not None
+    assert torch.equal(ranked, scored.frame_scores())
+    with pytest.raises(ValueError, match="Nobody listened"):
+        scored.frame_reading()
+
+
 @given(
     scores=st.lists(st.floats(0.015625, 1, width=32), min_size=1, max_size=12),
     data=st.data(),
@@ -181,6 +220,7 @@ def test_save_and_load(tmp_path: Path, scores: list[float] | None) -> None:
     assert all(torch.equal(a, b) for a, b in zip(loaded.times, found.times, strict=True))
     assert all(times.dtype == torch.float64 for times in loaded.times)
     assert (loaded.scores is None) == (scores is None)
+    assert loaded.reading is None
     if loaded.scores is not None:
         assert torch.equal(loaded.scores, torch.tensor(scores).repeat_interleave(3))
     assert loaded.settings == found.settings
@@ -191,6 +231,21 @@ def test_save_and_load(tmp_path: Path, scores: list[float] | None) -> None:
     record = json.loads((path.parent / "run.v1.json").read_text())
     assert record["kept"] == 2
     assert record["visual"] == 15
+    assert [Moment(**moment) for moment in record["moments"]] == found.moments()
+
+
+@pytest.mark.parametrize("scores", [None, [0.1, 0.2, 0.3, 0.4, 0.5]])
+def test_the_reading_is_saved_too(tmp_path: Path, scores: list[float] | None) -> None:
+    found = make((2, 3), kept=[1, 7], scores=scores)
+    found = dataclasses.replace(found, reading=torch.tensor([0.25, 0.75]))
+    found.save(tmp_path / "read")
+    loaded = Selection.load(tmp_path / "read")
+    assert loaded.reading is not None
+    assert torch.equal(loaded.reading, torch.tensor([0.25, 0.75]))
+    assert loaded.reading.dtype == torch.float32
+    assert (loaded.scores is None) == (scores is None)
+    assert [moment.video for moment in loaded.moments()] == [1, 0]
+    record = json.loads((tmp_path / "read.json").read_text())
     assert [Moment(**moment) for moment in record["moments"]] == found.moments()
 
 

@@ -235,11 +235,50 @@ def test_a_method_that_ranks_nothing_has_a_report_too(
     video = open_with("qwen2_5_vl", needle_video.path, method)
     answer = video.ask("What number is on the red star?")
     page = Page(write_report(tmp_path / "report.html", video, "What?", answer))
-    assert "ranks nothing" in page.text
-    assert not [button for button in page.named("button") if "data-at" in button]
+    assert "ranks nothing before that. A number plays" in page.text
+    assert "when the model read all that was kept" in page.text
+    buttons = [button["data-at"] for button in page.named("button") if button["class"] == "go"]
+    assert buttons == [f"{moment.start:.3f}" for moment in answer.selection.moments(6)] != []
     kept = len(answer.selection.kept)
     assert f"{kept} of 128" in page.text
     assert page.named("img")
+
+
+def test_without_scores_or_reading_a_report_has_no_moments(
+    tmp_path: Path, needle_video: NeedleVideo
+) -> None:
+    video = open_with("qwen2_5_vl", needle_video.path, Uniform(budget=BUDGET))
+    answer = video.ask("What number is on the red star?")
+    answer = replace(answer, selection=replace(answer.selection, reading=None))
+    page = Page(write_report(tmp_path / "report.html", video, "What?", answer))
+    assert "ranks nothing before that." in page.text
+    assert "Some of the frames of which something was kept" in page.text
+    assert not [button for button in page.named("button") if "data-at" in button]
+    assert f"{BUDGET} of 128" in page.text
+    assert page.named("img")
+
+
+def test_pictures_are_those_that_the_reading_names(
+    tmp_path: Path, opened: flexselect.Video, answered: flexselect.Answer
+) -> None:
+    """Moments follow the reading, the timeline and the heat over the pictures the scores."""
+    selection = answered.selection
+    last = int(selection.frame[selection.kept[-1]])
+    reading = torch.full((len(selection.kept),), 0.01)
+    reading[-1] = 1.0
+    pages = []
+    for changed in (selection, replace(selection, reading=reading)):
+        path = write_report(
+            tmp_path / "r.html", opened, "What?", replace(answered, selection=changed)
+        )
+        pages.append(Page(path))
+    buttons = [button for button in pages[1].named("button") if button["class"] == "go"]
+    assert buttons[0]["data-at"] == f"{float(opened.times[last]):.3f}"
+    labels = [
+        [svg["aria-label"] for svg in page.named("svg") if svg.get("class") == "area"]
+        for page in pages
+    ]
+    assert labels[0] == labels[1] != []
 
 
 def test_ask_writes_a_report(tmp_path: Path, needle_video: NeedleVideo) -> None:
