@@ -144,36 +144,29 @@ class Selection:
         best = torch.zeros(len(self.times[video]))
         return best.scatter_reduce(0, self.frame[mine], self.scores[mine], "amax")
 
-    def frame_reading(self, video: int = 0) -> Tensor:
-        """Relevance of the best kept token of every frame of ``video`` as the model read it.
-
-        Returns
-        -------
-        float32 ``(frames,)``; 0 for a frame that keeps no token.
-        """
-        if self.reading is None:
-            raise ValueError("Nobody listened to the model when it read this selection.")
-        mine = self.video[self.kept] == video
-        best = torch.zeros(len(self.times[video]))
-        return best.scatter_reduce(0, self.frame[self.kept[mine]], self.reading[mine], "amax")
-
     def moment_scores(self, video: int = 0) -> Tensor | None:
         """Return what `moments` ranks the frames of ``video`` by: float32 ``(frames,)``.
 
-        That is `frame_reading` where the answer was listened to, else `frame_scores`; None for a
-        selection with neither.
+        Each frame counts as its best kept token, 0 where it keeps none. A token counts as the
+        geometric mean of its ``reading`` and its score, or as the one of them that is there; of a
+        selection that was not read this is `frame_scores`, and None without scores too.
         """
-        if self.reading is not None:
-            return self.frame_reading(video)
-        return None if self.scores is None else self.frame_scores(video)
+        if self.reading is None:
+            return None if self.scores is None else self.frame_scores(video)
+        mine = self.video[self.kept] == video
+        kept, worth = self.kept[mine], self.reading[mine]
+        if self.scores is not None:
+            worth = (worth * self.scores[kept]).sqrt()
+        best = torch.zeros(len(self.times[video]))
+        return best.scatter_reduce(0, self.frame[kept], worth, "amax")
 
     def moments(self, limit: int = 5) -> list[Moment]:
         """Name the stretches of video with the most relevant frames, best first.
 
-        Frames are ranked by ``reading``: how relevant each was when the model read all that was
-        kept together, to answer. Where nobody listened to that (``generate`` of an applied model,
-        lmms-eval) they are ranked by ``scores``, which hold within a set of frames and compare
-        less well from set to set.
+        Frames are ranked by what stands out twice: by ``reading``, when the model read all that
+        was kept together, to answer, and by ``scores``, among everything in its set of frames.
+        Where nobody listened to the answer (``generate`` of an applied model, lmms-eval) they are
+        ranked by ``scores`` alone, which compare less well from set to set.
 
         A stretch grows from its best frame to both sides while frames keep a token and score at
         least half of it. Empty for a selection with neither reading nor scores.

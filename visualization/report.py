@@ -283,7 +283,8 @@ def _moments(sheet: _Sheet) -> str:
         )
         items.append(f"<li>{sheet.figure(peak, caption)}</li>")
     together = (
-        " Their relevance is the one they had when the model read all that was kept, to answer."
+        " Relevance counts here both in its set of frames and when the model read all that was "
+        "kept, to answer."
         if sheet.selection.reading is not None
         else ""
     )

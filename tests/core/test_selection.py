@@ -148,15 +148,23 @@ def test_moments_without_scores_or_tokens() -> None:
     assert (only.start, only.end, only.kept) == (0.0, 0.0, 3)
 
 
-def test_moments_rank_by_the_reading_where_it_is_there() -> None:
+def test_moments_rank_by_the_reading_too_where_it_is_there() -> None:
     """Sets of their own made frame 0 the best; read together, frame 4 is, and 2 and 3 after it."""
     kept = [1, 6, 7, 9, 12, 13, 15]
     reading = torch.tensor([0.1, 0.25, 0.3, 0.2, 0.9, 0.5, 0.01])
     found = make(kept=kept, scores=[0.9, 0.8, 0.2, 0.1, 0.1, 0.7])
     assert found.moments()[0].first_frame == 0
-    read = dataclasses.replace(found, reading=reading)
-    expected = torch.tensor([0.1, 0, 0.3, 0.2, 0.9, 0.01])
-    assert torch.equal(read.frame_reading(), expected)
+    both = dataclasses.replace(found, reading=reading)
+    assert both.scores is not None
+    worth = (reading * both.scores[both.kept]).sqrt()
+    expected = torch.tensor([worth[0], 0, worth[1:3].max(), worth[3], worth[4:6].max(), worth[6]])
+    ranked = both.moment_scores()
+    assert ranked is not None
+    torch.testing.assert_close(ranked, expected)
+    assert both.moments()[0].first_frame == int(expected.argmax())
+    # Scores stay what they were, and are not needed.
+    assert torch.equal(both.frame_scores(), found.frame_scores())
+    read = dataclasses.replace(both, scores=None)
     assert [(m.start, m.end, m.kept) for m in read.moments()] == [
         (8.0, 10.0, 2),
         (4.0, 8.0, 3),
@@ -164,16 +172,16 @@ def test_moments_rank_by_the_reading_where_it_is_there() -> None:
         (10.0, 12.0, 1),
     ]
     assert [m.score for m in read.moments()] == pytest.approx([0.9, 0.3, 0.1, 0.01])
-    # Scores stay what they were, and are not needed.
-    assert torch.equal(read.frame_scores(), found.frame_scores())
-    assert dataclasses.replace(read, scores=None).moments() == read.moments()
 
 
 def test_the_reading_of_several_videos() -> None:
     found = make((2, 3), kept=[0, 4, 6, 14])
     found = dataclasses.replace(found, reading=torch.tensor([0.1, 0.2, 0.4, 0.3]))
-    assert found.frame_reading(0).tolist() == pytest.approx([0.1, 0.2])
-    assert found.frame_reading(1).tolist() == pytest.approx([0.4, 0.0, 0.3])
+    first, second = found.moment_scores(0), found.moment_scores(1)
+    assert first is not None
+    assert second is not None
+    assert first.tolist() == pytest.approx([0.1, 0.2])
+    assert second.tolist() == pytest.approx([0.4, 0.0, 0.3])
     assert [(m.video, m.first_frame) for m in found.moments()] == [(1, 0), (1, 2), (0, 0)]
 
 
@@ -183,8 +191,6 @@ def test_what_moments_rank_by() -> None:
     ranked = scored.moment_scores()
     assert ranked is not None
     assert torch.equal(ranked, scored.frame_scores())
-    with pytest.raises(ValueError, match="Nobody listened"):
-        scored.frame_reading()
 
 
 @given(

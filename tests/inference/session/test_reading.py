@@ -82,10 +82,12 @@ def test_moments_are_of_what_was_read(opened: flexselect.Video) -> None:
     answer = opened.ask(QUESTION, max_new_tokens=1)
     selection = answer.selection
     assert selection.reading is not None
-    best = int(selection.frame[selection.kept[selection.reading.argmax()]])
+    assert selection.scores is not None
+    worth = (selection.reading * selection.scores[selection.kept]).sqrt()
+    best = int(selection.frame[selection.kept[worth.argmax()]])
     first = answer.moments[0]
     assert first.first_frame <= best <= first.last_frame
-    assert first.score == pytest.approx(float(selection.reading.max()))
+    assert first.score == pytest.approx(float(worth.max()))
     expected = {"layer": KNOBS["layer"], "query": "all", "aggregation": "max"}
     assert selection.settings["reading"] == expected
 
