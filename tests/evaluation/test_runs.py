@@ -21,6 +21,7 @@ from flexselect.evaluation.needle import TASKS, videos_folder
 from flexselect.evaluation.plan import ROWS, SUMMARY, TABLE, Plan, choose_folder, hold
 from flexselect.evaluation.run import perform
 from flexselect.evaluation.worker import evaluate_run
+from flexselect.inference.presets import FOLDER, load_presets
 from flexselect.testbed.locate import checkpoint_folder
 
 COUNT = 24
@@ -111,7 +112,9 @@ def test_a_run_leaves_its_figures_and_what_decided_them(uninterrupted: Path):
 
     record = json.loads((uninterrupted / "run.json").read_text())
     settings = record["methods"]["flexselect"]["settings"]
-    assert (settings["layer"], settings["budget"], settings["preset"]) == (2, 8, "qwen2_5_vl-tiny")
+    (preset,) = (each for each in load_presets(FOLDER) if each.name == "qwen2_5_vl-tiny")
+    assert (settings["layer"], settings["preset"]) == (preset.method["layer"], preset.name)
+    assert settings["budget"] == 8
     (turn,) = record["methods"]["flexselect"]["prompts"]["needle_few"]["example"]
     assert [part["type"] for part in turn["content"]] == ["video", "text"]
 

@@ -32,14 +32,15 @@ def test_it_says_what_it_learned_from(trained):
     assert (selector_folder(name) / "model.safetensors").stat().st_size < 2**20
 
 
-def test_its_record_is_whole_and_it_is_far_above_chance(trained):
+def test_its_record_is_whole_and_it_is_as_good_as_its_teacher(trained):
     name, _, _ = trained
     summary = json.loads((selector_folder(name) / "summary.json").read_text())
-    assert summary["spearman"] > 0.8
-    # The aim is two points below training-free, and docs/training.md says by how much each family
-    # misses it. Here only a broken selector is told from a weak one: guessing gets 0.12.
-    assert summary["accuracy_lite"] > 3 * 0.12
+    assert summary["spearman"] > 0.7
+    # The aim is two points below training-free; of 240 questions one point is within chance.
+    assert summary["accuracy_lite"] > summary["accuracy_training_free"] - 0.04
+    assert summary["accuracy_training_free"] > 0.9
     assert summary["comparison"]["frames"] == 512
+    assert summary["comparison"]["questions"] == 240
 
 
 def test_it_finds_needles(trained, tmp_path):
@@ -49,5 +50,5 @@ def test_it_finds_needles(trained, tmp_path):
     found = compare(model, processor, selector, videos)
     assert found.questions == 6
     # A selector that knows nothing would keep a needle in one of four.
-    assert found.lite_recall >= 4 / 6
-    assert found.lite >= 4 / 6
+    assert found.lite_recall >= 5 / 6
+    assert found.lite >= 5 / 6
