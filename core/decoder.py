@@ -140,8 +140,9 @@ def listening(
     """
     block, thread = decoder.layers[layer], threading.get_ident()
 
-    def hear(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if torch.compiler.is_compiling() or threading.get_ident() != thread:
+    def hear(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+        # Without keywords torch calls a hook that left, in its own thread, while another one ran.
+        if torch.compiler.is_compiling() or threading.get_ident() != thread or kwargs is None:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
         if hidden.shape[1] != tokens:

@@ -208,6 +208,32 @@ def test_a_pass_of_another_thread_is_not_heard() -> None:
     assert torch.equal(heard[0].hidden, drawn(1, 5))
 
 
+def test_a_listener_of_another_thread_may_leave_during_a_pass() -> None:
+    """Torch has it on its list by then, but calls it without the keywords it asked for."""
+    decoder, rows = build("qwen2"), torch.tensor([4])
+    there, leave = threading.Event(), threading.Event()
+    heard: list[LayerStates] = []
+
+    def listen() -> None:
+        with listening(decoder, 0, 5, rows, heard.append):
+            there.set()
+            leave.wait()
+
+    other = threading.Thread(target=listen)
+
+    def hear(states: LayerStates) -> None:
+        heard.append(states)
+        leave.set()
+        other.join()
+
+    with listening(decoder, 0, 5, rows, hear):
+        other.start()
+        there.wait()
+        run(decoder, drawn(1, 5))
+    [states] = heard
+    assert torch.equal(states.hidden, drawn(1, 5))
+
+
 def test_a_pass_that_is_compiled_whole_is_not_heard() -> None:
     """Listening in on it would break the graph, and with it a caller's fullgraph=True."""
     decoder = build("qwen2")
