@@ -156,7 +156,8 @@ class Selection:
         mine = self.video[self.kept] == video
         kept, worth = self.kept[mine], self.reading[mine]
         if self.scores is not None:
-            worth = (worth * self.scores[kept]).sqrt()
+            # A method of one's own may score below 0, which is no relevance, as in `frame_scores`.
+            worth = (worth * self.scores[kept].clamp(min=0)).sqrt()
         best = torch.zeros(len(self.times[video]))
         return best.scatter_reduce(0, self.frame[kept], worth, "amax")
 

@@ -185,6 +185,16 @@ def test_the_reading_of_several_videos() -> None:
     assert [(m.video, m.first_frame) for m in found.moments()] == [(1, 0), (1, 2), (0, 0)]
 
 
+def test_a_score_below_zero_is_no_relevance() -> None:
+    """As for a selection that nobody listened to; not NaN, which sorts anywhere."""
+    found = make(kept=[0, 3, 6], scores=[-0.5, 0.4, 0.1, 0, 0, 0])
+    read = dataclasses.replace(found, reading=torch.tensor([0.9, 0.1, 0.1]))
+    ranked = read.moment_scores()
+    assert ranked is not None
+    assert ranked.tolist() == pytest.approx([0, 0.2, 0.1, 0, 0, 0])
+    assert [moment.first_frame for moment in read.moments()] == [1, 0]
+
+
 def test_what_moments_rank_by() -> None:
     assert make().moment_scores() is None
     scored = make(scores=[0.1, 0.4, 0.2, 0.3, 0.5, 0.6])
