@@ -106,7 +106,8 @@ def selector_loss(
     Approach to Listwise Approach", ICML 2007, less the entropy of the target, so that its minimum
     is 0. Of logarithms of relevance, which it is meant for, the softmax is the share of the
     attention that a token gets of all that the tokens get: what stands out weighs most, and the
-    order of the bulk next to nothing.
+    order of the bulk next to nothing. A relevance of 0 has no logarithm: keep it above that, or the
+    loss is NaN.
 
     Parameters
     ----------
