@@ -4,15 +4,16 @@
    thrown away.
 2. *Pool*: the finished tower encodes a pool of scenes once; it stays frozen from here on.
 3. *Language*: the language model learns to look marks up, first by drills, then by questions.
-4. *Near misses*: whole clips alternate with clips pruned to the tokens that resemble a question,
-   because answering from selected tokens is denser in near misses than any clip.
+4. *Near misses*: whole clips alternate with clips pruned to marks that resemble each other, because
+   answering from selected tokens is denser in near misses than any clip.
 5. *Selected*: most clips are what selection, with the model's own attention as it is at that step,
    leaves of a long video; whole clips keep what was learned before.
 
 Every picture passes through the h264 encoder and decoder and the family's real processor. No clip
 that the model answers from holds more than sixteen pictures or, where it is pruned or selected,
-more tokens than ``Segment.tokens`` or the largest of ``Selecting.budgets``. Every step draws from a
-generator of its own, so that a resumed run continues as an uninterrupted one.
+more ranked tokens than ``Segment.tokens`` or the largest of ``Selecting.budgets``, but for those of
+the asked mark, which is put back where selection lost it. Every step draws from a generator of its
+own, so that a resumed run continues as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -225,7 +226,11 @@ def default_recipe(family: Family) -> Recipe:
 
 
 def _selecting(family: Family) -> Selecting:
-    """Return how the model of a family ranks, in its preset and so in training."""
+    """Return how the model of a family ranks while it trains.
+
+    InternVL's and LLaVA-Video's presets read the same layer, Qwen2.5-VL's a later one, which turned
+    out to rank best when the model was done.
+    """
     # Sets are of 16 frames; a frame is one picture of InternVL's and LLaVA-Video's two a scene.
     if family.name == "qwen2_5_vl":
         return Selecting(0.7, (2,), "all", (32, 64, 96, 128), (6, 16))

@@ -67,7 +67,7 @@ class Rehearsal:
 
     @torch.no_grad()
     def clip(self, rng: np.random.RandomState, budget: int) -> Clip:
-        """Ask for one mark of a long video and return the tokens that selection leaves.
+        """Ask for one mark of a long video and return the tokens that selection leaves, and it.
 
         Parameters
         ----------
