@@ -148,6 +148,7 @@ def dry_run(words: list[str]) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert ".venv/bin/" in done.stdout, "it runs nothing that could be parsed"
     for command in re.sub(r" *\\\n\s*", " ", done.stdout).splitlines():
         found = re.search(r"\.venv/bin/flexselect (.*)$", command)
         if found:
