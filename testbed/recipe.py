@@ -1,4 +1,4 @@
-"""How a tiny checkpoint is trained: tower, drills, questions, pruned clips.
+"""How a tiny checkpoint is trained: tower, drills, questions, pruned and selected clips.
 
 1. *Tower*: the vision tower and projector name the mark of every cell, by linear heads that are
    thrown away.
