@@ -57,7 +57,7 @@ def test_the_harness_says_what_is_wrong_and_the_rest_is_refused():
     with pytest.raises(OptionError, match="tkn_buget"):
         make(f"pretrained={TINY},tkn_buget=3", {"batch_size": "1", "device": "cpu"})
     model = make(f"pretrained={TINY},budget=8", {"batch_size": "2", "device": "cpu"})
-    assert (model.batch_size, model.settings["budget"], model.settings["layer"]) == (2, 8, 2)
+    assert (model.batch_size, model.settings["budget"], model.settings["layer"]) == (2, 8, 4)
     with pytest.raises(OptionError, match="loglikelihood"):
         model.loglikelihood([])
     with pytest.raises(OptionError, match="rounds"):
