@@ -65,7 +65,10 @@ class Scorer(Protocol):
         """Embed text: int64 ``(tokens,)`` to ``(tokens, hidden)``, on the scorer's device."""
 
     def positions(self, prompt: Prompt) -> Tensor:
-        """Position ids of a whole prompt: int64 ``(tokens,)`` or ``(axes, tokens)``."""
+        """Position ids of a whole prompt: int64 ``(tokens,)`` or ``(axes, tokens)``.
+
+        They depend on where frames, their tokens and text are, not on what the text says.
+        """
 
     def states(
         self, embeds: Tensor, positions: Tensor, layer: int, query_rows: Tensor

@@ -133,7 +133,7 @@ def assemble(
     Parameters
     ----------
     layout : of the whole prompt ``features`` belong to.
-    rows : int64 ``(n,)``, ascending token indices.
+    rows : int64 ``(n,)``, token indices.
     features : host ``(feature tokens, hidden)``; only the rows needed go to the device.
     embed : text ids ``(n,)`` to ``(n, hidden)``.
     place : int64 ``(tokens,)``, the row of ``features`` that each feature token has; found from

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..core.architecture import Scorer
 from ..core.errors import FlexSelectError
-from ..core.layout import NONE, Prompt
+from ..core.layout import NONE, Layout, Prompt
 from ..core.relevance import Aggregation, relevance
 from ..core.sets import frame_sets
 from .features import Progress, assemble, keep_freed_memory, release_cache
@@ -50,17 +50,28 @@ class FrameSet:
 def split_prompt(
     prompt: Prompt, scorer: Scorer, frames_per_set: int, last_only: bool = False
 ) -> list[FrameSet]:
-    """Split the frames of every video of a prompt into sets; ``last_only``: one token asks."""
-    rank = prompt.layout.visual.cumsum(0) - 1
-    sets = []
+    """Split the frames of every video of a prompt into sets; ``last_only``: one token asks.
+
+    Sets that differ in nothing but their pictures and the words of their text, as most sets of a
+    video do, share their places and positions: those are worked out once.
+    """
+    layout = prompt.layout
+    rank = layout.visual.cumsum(0) - 1
+    kinds = _kinds(layout)
+    sets: list[FrameSet] = []
     for video, clip in enumerate(prompt.videos):
         parts = frame_sets(clip.frames, frames_per_set)
+        latest: tuple[FrameSet, Tensor] | None = None
         for frames, rows in zip(parts, rows_of_sets(prompt, video, parts), strict=True):
-            alone = prompt.as_clip(video, frames, rows)
-            columns = alone.layout.visual.nonzero()[:, 0]
-            asking = alone.layout.query.nonzero()[:, 0]
-            sets.append(
-                FrameSet(
+            kind = kinds[rows]
+            if latest is not None and torch.equal(kind, latest[1]):
+                columns = latest[0].columns
+                part = replace(latest[0], frames=frames, rows=rows, members=rank[rows[columns]])
+            else:
+                alone = prompt.as_clip(video, frames, rows)
+                columns = alone.layout.visual.nonzero()[:, 0]
+                asking = alone.layout.query.nonzero()[:, 0]
+                part = FrameSet(
                     video,
                     frames,
                     rows,
@@ -69,8 +80,16 @@ def split_prompt(
                     asking[-1:] if last_only else asking,
                     scorer.positions(alone),
                 )
-            )
+                latest = part, kind
+            sets.append(part)
     return sets
+
+
+def _kinds(layout: Layout) -> Tensor:
+    """Return all that decides a token's place in a set, as one number: int64 ``(tokens,)``."""
+    starts = layout.frame.diff(prepend=layout.frame[:1]) != 0
+    marks = (layout.visual, layout.feature, layout.query, layout.frame == NONE, starts)
+    return torch.stack([mark.long() << bit for bit, mark in enumerate(marks)]).sum(0)
 
 
 def rows_of_sets(prompt: Prompt, video: int, sets: Sequence[Tensor]) -> list[Tensor]:
@@ -238,20 +257,16 @@ def _pass_by_pass(
     """
     keep_freed_memory()
     place = prompt.layout.feature.cumsum(0) - 1
+    device = scorer.embed(prompt.layout.ids[:0]).device
+    tokens = TOKENS_PER_BATCH["cpu" if device.type == "cpu" else "other"]
     done = 0
     while done < len(sets):
-        batch: list[FrameSet] = []
+        batch = _batch(sets, done, sets_per_batch, tokens)
         try:
-            embed = scorer.embed
-            embeds = [assemble(prompt.layout, sets[done].rows, features, embed, place)]
-            kind = "cpu" if embeds[0].device.type == "cpu" else "other"
-            batch = _batch(sets, done, sets_per_batch, TOKENS_PER_BATCH[kind])
-            for part in batch[1:]:
-                embeds.append(assemble(prompt.layout, part.rows, features, embed, place))
-            positions = torch.stack([part.positions for part in batch], -2).to(embeds[0].device)
-            # Not held twice while the layers run.
-            stacked, embeds = torch.stack(embeds), []
-            work(batch, stacked, positions)
+            rows = torch.cat([part.rows for part in batch])
+            embeds = assemble(prompt.layout, rows, features, scorer.embed, place)
+            positions = torch.stack([part.positions for part in batch], -2).to(device)
+            work(batch, embeds.unflatten(0, (len(batch), -1)), positions)
         except torch.OutOfMemoryError as error:
             if len(batch) < 2:
                 raise FlexSelectError(
@@ -264,7 +279,7 @@ def _pass_by_pass(
             failed = False
         if failed:
             # Only out here has the traceback let go of the pass's activations.
-            stacked, embeds = torch.empty(0), []
+            embeds = torch.empty(0)
             sets_per_batch = len(batch) // 2
             logger.warning(
                 "Out of device memory while scoring %d sets at a time; going on with %d.",
@@ -299,6 +314,8 @@ def _batch(
 
 
 def _same_shape(first: FrameSet, second: FrameSet) -> bool:
+    if first.columns is second.columns:
+        return True
     return (
         len(first.rows) == len(second.rows)
         and torch.equal(first.columns, second.columns)

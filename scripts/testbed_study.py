@@ -2,7 +2,8 @@ r"""Measure selection on the testbed: ``python -m flexselect.scripts.testbed_stu
 
     python -m flexselect.scripts.testbed_study --part knobs --family internvl
     python -m flexselect.scripts.testbed_study --part table
-    python -m flexselect.scripts.testbed_study --report
+    python -m flexselect.scripts.testbed_study --part table --family internvl --model seed-1
+    python -m flexselect.scripts.testbed_study --report docs/testbed.md
 
 *knobs* looks at layers and knobs on validation videos, from which the presets of the tiny models
 are chosen; *table* measures methods and lengths on test videos with those presets. Videos are
@@ -32,6 +33,7 @@ from rich.progress import track
 import flexselect
 from flexselect.core.errors import CheckpointError, FlexSelectError
 from flexselect.core.metrics import recall_at_k
+from flexselect.core.selection import Moment
 from flexselect.inference.engine import Engine
 from flexselect.inference.methods import FlexSelect, Full, Method, Random, Uniform
 from flexselect.scripts.testbed_tables import write_report
@@ -39,7 +41,13 @@ from flexselect.testbed.locate import FAMILIES, checkpoint_folder, selector_fold
 from flexselect.testbed.models import family_of
 from flexselect.testbed.needles import needle_mask
 from flexselect.testbed.questions import RETRIEVAL, TASKS
-from flexselect.testbed.videos import NeedleVideo, VideoQuestion, make_needle_video
+from flexselect.testbed.videos import (
+    FPS,
+    NeedleSpot,
+    NeedleVideo,
+    VideoQuestion,
+    make_needle_video,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -180,22 +188,29 @@ def knob_cells(preset: Mapping[str, Any], count: int) -> list[Cell]:
 
 
 class Study:
-    """Runs cells of one family and keeps their tallies in a JSON file."""
+    """Runs cells of one checkpoint and keeps their tallies in a JSON file.
+
+    There the project's own checkpoint goes by its family's name, another one by its training seed
+    as well. A Lite selector belongs to the project's own: others have no Lite cells.
+    """
 
     def __init__(self, family: str, folder: Path, results: Path, videos: Path) -> None:
         self.family = family_of(family)
+        own = folder.resolve() == checkpoint_folder(family).resolve()
+        self.name = family if own else f"{family}, seed {_training_seed(folder)}"
         self.model = flexselect.load_model(folder, device="cpu")
         self.processor = flexselect.load_processor(folder)
         self.engine = Engine(self.model, Full())
         self.results, self.videos = results, videos
         self.checksum = _checksum(folder)
+        self.selector = None
         try:
-            self.selector = flexselect.load_selector(selector_folder(family), self.model)
+            if own:
+                self.selector = flexselect.load_selector(selector_folder(family), self.model)
         except CheckpointError as error:
             logger.warning("Lite cells are left out: %s", error)
-            self.selector = None
         self.tallies = {
-            key: Tally(**row) for key, row in read_results(results).get(family, {}).items()
+            key: Tally(**row) for key, row in read_results(results).get(self.name, {}).items()
         }
 
     @property
@@ -236,7 +251,7 @@ class Study:
     def _run_clips(self, clips: Clips, engines: dict[Cell, Engine], title: str) -> None:
         start = min(self.tallies[cell.key].videos for cell in engines)
         stop = max(cell.count for cell in engines)
-        label = f"{self.family.name} {title} {clips.key}"
+        label = f"{self.name} {title} {clips.key}"
         for index in _progress(range(start, stop), label):
             shown, following = self._video(clips, index), self._video(clips, index + 1)
             lite = any(cell.lite for cell in engines)
@@ -290,16 +305,33 @@ class Study:
         tally.kept_needle += float(needle[selection.kept].sum() / needle.sum())
         if selection.scores is not None:
             tally.recall += recall_at_k(selection.scores, needle, len(selection.kept))
-            at = question.needles[0].frames[0] / 2 + 1e-3
-            hits = [m.start <= at <= m.end for m in selection.moments(5)]
+            hits = [_shows(moment, question.needles[0]) for moment in selection.moments(5)]
             tally.first_moment += bool(hits[:1] and hits[0])
             tally.five_moments += any(hits)
 
     def _save(self) -> None:
         everything = read_results(self.results)
-        mine = everything.setdefault(self.family.name, {})
+        mine = everything.setdefault(self.name, {})
         mine |= {key: vars(tally) for key, tally in self.tallies.items() if tally.videos}
         write_json(self.results, everything)
+
+
+def _shows(moment: Moment, needle: NeedleSpot) -> bool:
+    """Whether any of the needle's pictures is on screen within a moment."""
+    first, last = needle.frames[0] / FPS, (needle.frames[-1] + 1) / FPS
+    return moment.start < last and first < moment.end
+
+
+def _training_seed(folder: Path) -> int:
+    """Return the seed that a checkpoint was trained with, as its ``training.json`` says."""
+    path = folder / "training.json"
+    try:
+        return int(json.loads(path.read_text())["seed"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} does not say what seed the checkpoint was trained with. Name a folder that "
+            "python -m flexselect.testbed.train has written."
+        ) from error
 
 
 def _checksum(folder: Path) -> str:
@@ -357,7 +389,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--part", choices=("knobs", "table"), help="what to measure")
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--model", type=Path, help="another checkpoint of the family")
+    parser.add_argument(
+        "--model", type=Path, help="a checkpoint of another seed, listed by it; without Lite"
+    )
     parser.add_argument(
         "--frames",
         type=int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,8 @@ def write_report(results: Mapping[str, Any], path: Path) -> None:
 
 
 def _family_report(family: str, cells: Mapping[str, Any]) -> str:
-    parts = [f"## {family}", _accuracy(cells), _layers(cells, "test", LAYER_TITLE)]
+    parts = [f"## {family}", _accuracy(cells), _moments(cells), _scoring(cells)]
+    parts += [_layers(cells, "test", LAYER_TITLE)]
     parts += [_weak(cells), _knobs(cells), _layers(cells, "validation", LOOKED_AT)]
     return "\n\n".join(part for part in parts if part)
 
@@ -85,6 +86,36 @@ def _share(cell: Mapping[str, Any]) -> str:
         kept = cell["kept"] / cell["visual"]
         text += f"; kept {kept:.1%}, of the needle {cell['kept_needle'] / cell['asked']:.2f}"
     return text
+
+
+def _moments(cells: Mapping[str, Any]) -> str:
+    def shares(cell: Mapping[str, Any]) -> str:
+        first, five = (cell[k] / cell["asked"] for k in ("first_moment", "five_moments"))
+        return f"{first:.2f}; {five:.2f}"
+
+    title = "Questions whose right moment `ask` names first; among five:"
+    return _by_length(cells, "right moment", title, shares)
+
+
+def _scoring(cells: Mapping[str, Any]) -> str:
+    def milliseconds(cell: Mapping[str, Any]) -> str:
+        return f"{1e3 * cell['seconds']['rank'] / cell['asked']:.0f}"
+
+    title = "Scoring, milliseconds a question, in one process:"
+    return _by_length(cells, "scoring", title, milliseconds)
+
+
+def _by_length(
+    cells: Mapping[str, Any], head: str, title: str, figure: Callable[[Mapping[str, Any]], str]
+) -> str:
+    """Tabulate a figure of training-free and Lite, at the preset's budget."""
+    rows = []
+    for name in ("training-free", "Lite"):
+        found = [cells.get(f"test/{frames}/retrieval/{name}") for frames in _LENGTHS[1:]]
+        if any(found):
+            rows.append([name, *(figure(cell) if cell else "" for cell in found)])
+    lengths = [f"{frames:,} frames" for frames in _LENGTHS[1:]]
+    return f"{title}\n\n" + _table([head, *lengths], rows) if rows else ""
 
 
 def _layers(cells: Mapping[str, Any], split: str, title: str) -> str:

@@ -158,6 +158,26 @@ def test_scores_are_the_stock_models_attention(family: Family, model: Any) -> No
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("frames_per_set", [1, 2, 5, 9])
+def test_sets_that_share_their_places_are_what_each_would_be_alone(
+    family: Family, model: Any, frames_per_set: int
+) -> None:
+    """23 frames in two or more sets of two sizes; some families number frames with two digits."""
+    applied = flexselect.apply(model, **knobs(24)).flexselect
+    for row in ([Video(23, 1), *SHORT], [Image(3), "One.", Video(13, 4), "Two.", Video(6), *LONG]):
+        [one] = encoded(applied, family.inputs(row))
+        sets = split_prompt(one.prompt, applied.architecture, frames_per_set)
+        for part in sets:
+            alone = one.prompt.as_clip(part.video, part.frames, part.rows)
+            expected = one.prompt.rows_of_frames(part.video, part.frames)
+            assert part.rows.tolist() == expected.tolist()
+            assert part.columns.tolist() == alone.layout.visual.nonzero()[:, 0].tolist()
+            assert part.query_rows.tolist() == alone.layout.query.nonzero()[:, 0].tolist()
+            assert torch.equal(part.positions, applied.architecture.positions(alone))
+            ranked = one.prompt.visual_rows()[part.members]
+            assert ranked.tolist() == part.rows[part.columns].tolist()
+
+
 def test_query_last_reads_the_last_token_alone(family: Family, model: Any) -> None:
     inputs = family.inputs([Video(4), *SHORT])
     applied = flexselect.apply(model, **knobs(24, query="last")).flexselect

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from flexselect.core.errors import FlexSelectError
-from flexselect.core.layout import Prompt
+from flexselect.core.layout import NONE, Clip, Layout, Prompt
 from flexselect.core.sets import frame_sets
 from flexselect.inference import scoring
 from flexselect.inference.scoring import rows_of_sets, score, split_prompt
-from flexselect.tests.core.handmade import make, text_of
+from flexselect.tests.core.handmade import index_of, make, text_of
 
 
 class Scorer:
@@ -78,6 +78,39 @@ def test_sets_of_two_videos() -> None:
         assert part.positions.shape == (3, len(part.rows))
     assert [clip.videos[0].seconds_per_frame for clip in scorer.prompts] == [1.0] * 3
     assert [clip.num_frames for clip in scorer.prompts] == [2, 1, 2]
+
+
+class Places(Scorer):
+    """Its positions tell everything of a prompt but what its text says."""
+
+    def positions(self, prompt: Prompt) -> Tensor:
+        layout = prompt.layout
+        fields = (layout.frame, layout.visual, layout.feature, layout.query)
+        return torch.stack([field.long() for field in fields])
+
+
+@pytest.mark.parametrize(
+    ("text", "frame"),
+    [("AAAAAAqq", "011223.."), ("AtAAtAqq", "001122.."), ("AtAtAAqq", "00112233")],
+)
+def test_sets_that_are_not_alike_share_nothing(text: str, frame: str) -> None:
+    """Frames of unequal size, and a tag (t) that is ranked before, after or without its frame."""
+    letters = torch.tensor([ord(letter) for letter in text])
+    visual, frames = letters != ord("q"), index_of(frame)
+    frames[~visual] = NONE
+    layout = Layout(
+        letters,
+        torch.where(visual, 0, NONE),
+        frames,
+        visual,
+        letters == ord("A"),
+        ~visual,
+    )
+    prompt = Prompt(layout, (Clip(int(frames.max()) + 1, 1, 2),))
+    for frames_per_set in (1, 2):
+        for part in split_prompt(prompt, Places(), frames_per_set):
+            alone = prompt.as_clip(0, part.frames, part.rows)
+            assert torch.equal(part.positions, Places().positions(alone))
 
 
 def test_only_the_last_token_asks() -> None:

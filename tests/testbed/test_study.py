@@ -1,15 +1,19 @@
 """The study: cells are counted once, resumed where they stopped, and void when knobs change."""
 
 import json
+import shutil
 
 import pytest
 
+from flexselect.core.errors import CheckpointError
+from flexselect.core.selection import Moment
 from flexselect.inference.methods import FlexSelect, Full, Random
 from flexselect.scripts import testbed_study as study_module
 from flexselect.scripts.testbed_study import Cell, Clips, Study, layer_cells, table_cells
 from flexselect.scripts.testbed_tables import interval, write_report
 from flexselect.testbed.locate import checkpoint_folder
 from flexselect.testbed.questions import RETRIEVAL
+from flexselect.testbed.videos import NeedleSpot
 
 CLIPS = Clips("validation", 32, 3, RETRIEVAL)
 CELLS = [
@@ -74,6 +78,39 @@ def test_what_was_counted_with_other_knobs_is_void(tmp_path):
     study(tmp_path).run([Cell("random tokens", clips, Random(budget=12))], "test")
     (cell,) = counted(tmp_path).values()
     assert (cell["videos"], cell["asked"], cell["kept"]) == (1, 1, 12)
+
+
+def test_a_checkpoint_of_another_seed_is_listed_by_it_and_has_no_lite(tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint_folder("qwen2_5_vl"), other)
+    record = json.loads((other / "training.json").read_text())
+    (other / "training.json").write_text(json.dumps({**record, "seed": 7}))
+    clips = Clips("validation", 16, 1, ("number",))
+    cells = [
+        Cell("all tokens", clips, Full()),
+        Cell("Lite", clips, FlexSelect(budget=8), lite=True),
+    ]
+    study(tmp_path).run(cells, "test")
+    Study("qwen2_5_vl", other, tmp_path / "results.json", tmp_path / "videos").run(cells, "test")
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert {name: len(counts) for name, counts in found.items()} == {
+        "qwen2_5_vl": 2,
+        "qwen2_5_vl, seed 7": 1,
+    }
+    (other / "training.json").unlink()
+    with pytest.raises(CheckpointError, match=r"training\.json does not say what seed"):
+        Study("qwen2_5_vl", other, tmp_path / "results.json", tmp_path / "videos")
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "shows"),
+    [(4.0, 5.0, True), (0.0, 4.5, True), (4.5, 9.0, True), (0.0, 4.0, False), (5.0, 6.0, False)],
+)
+def test_a_moment_shows_a_needle_that_is_on_screen_in_it(start, end, shows):
+    # Pictures 8 and 9 of two a second are on screen from 4 to 5.
+    needle = NeedleSpot((8, 9), 0, 0, "red star 3", "asked")
+    moment = Moment(start, end, 1.0, 2)
+    assert study_module._shows(moment, needle) is shows
 
 
 def test_budgets_of_the_table_are_those_that_it_names():
