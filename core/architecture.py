@@ -155,7 +155,7 @@ class Architecture(ABC):
 
     @abstractmethod
     def positions(self, prompt: Prompt) -> Tensor:
-        """Position ids of a whole prompt: int64 ``(tokens,)`` or ``(axes, tokens)``."""
+        """Position ids of a whole prompt; see `Scorer.positions`."""
 
     @abstractmethod
     def compact_positions(self, prompt: Prompt, rows: Tensor) -> Tensor:

@@ -9,19 +9,22 @@ r"""Measure selection on the testbed: ``python -m flexselect.scripts.testbed_stu
 are chosen; *table* measures methods and lengths on test videos with those presets. Videos are
 rendered as files and go through ``open_video``, methods and presets like anybody's; a video is
 encoded once and asked several questions by every method. Results gather in one JSON file, cell by
-cell and video by video: stopped, the same command goes on where it was. ``--report`` writes them
-as Markdown.
+cell and video by video: stopped, the same command goes on where it was, and families may be
+measured side by side. What another checkpoint, selector or preset was counted with is void and
+leaves the file. ``--report`` writes the results as Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import logging
 import os
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,7 @@ from flexselect.testbed.videos import (
     NeedleVideo,
     VideoQuestion,
     make_needle_video,
+    replace_file,
 )
 
 logger = logging.getLogger(__name__)
@@ -54,6 +58,8 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 #: Tokens an answer may have: the word and its end.
 MAX_NEW_TOKENS = 3
+#: To be raised when something is counted differently: what was counted before is void then.
+COUNTING = 2
 LENGTHS = (512, 1024, 2048)
 
 
@@ -103,12 +109,13 @@ class Cell:
 
 @dataclass
 class Tally:
-    """What has been counted of a cell so far."""
+    """What has been counted of a cell so far; ``hits`` is a 1 or a 0 a question, in order."""
 
     knobs: dict[str, Any] = field(default_factory=dict)
     videos: int = 0
     asked: int = 0
     right: int = 0
+    hits: str = ""
     by_task: dict[str, list[int]] = field(default_factory=dict)
     visual: int = 0
     kept: int = 0
@@ -122,7 +129,7 @@ class Tally:
 def table_cells(preset: Mapping[str, Any], tokens_per_frame: int) -> list[Cell]:
     """List the cells of the test table; beside the preset's budget, a sixteenth of the tokens."""
     short = Clips("test", 16, 70, RETRIEVAL)
-    weak = Clips("test", 16, 70, TASKS[3:])
+    weak = Clips("test", 16, 200, TASKS[3:])
     cells = [
         Cell("all tokens", short, Full()),
         Cell("all tokens, another video's question", short, Full(), control="shuffled"),
@@ -148,23 +155,26 @@ def table_cells(preset: Mapping[str, Any], tokens_per_frame: int) -> list[Cell]:
         if frames == LENGTHS[0]:
             asked = "training-free, another video's question"
             cells.append(Cell(asked, clips, FlexSelect(), control="shuffled"))
-    weak = Clips("test", LENGTHS[0], 70, TASKS[3:])
+    weak = Clips("test", LENGTHS[0], 70, TASKS[3:] * 3)
     cells += [Cell("all tokens", weak, Full()), Cell("training-free", weak, FlexSelect())]
     return cells
 
 
 def layer_cells(layers: int, split: str, count: int) -> list[Cell]:
-    """List what recall each layer has; nothing is answered."""
+    """List what recall each layer has; nothing is answered.
+
+    On validation videos whatever asks is tried, on test videos what the preset says.
+    """
     clips = Clips(split, LENGTHS[0], count, RETRIEVAL * 2)
-    asking = [("max", "all"), ("mean", "all"), ("max", "last")]
+    asking: list[tuple[str, dict[str, Any]]] = [("", {})]
+    if split == "validation":
+        asking = [
+            (f", {how} of {who}", {"aggregation": how, "query": who})
+            for how, who in (("max", "all"), ("mean", "all"), ("max", "last"))
+        ]
     return [
-        Cell(
-            f"layer {layer}, {aggregation} of {query}",
-            clips,
-            FlexSelect(layer=layer, aggregation=aggregation, query=query),  # type: ignore[arg-type]
-            ranks_only=True,
-        )
-        for aggregation, query in (asking if split == "validation" else [(None, None)])
+        Cell(f"layer {layer}{name}", clips, FlexSelect(layer=layer, **knobs), ranks_only=True)
+        for name, knobs in asking
         for layer in range(layers)
     ]
 
@@ -197,7 +207,7 @@ class Study:
     def __init__(self, family: str, folder: Path, results: Path, videos: Path) -> None:
         self.family = family_of(family)
         own = folder.resolve() == checkpoint_folder(family).resolve()
-        self.name = family if own else f"{family}, seed {_training_seed(folder)}"
+        self.name = family if own else f"{family}, seed {_training_seed(folder, family)}"
         self.model = flexselect.load_model(folder, device="cpu")
         self.processor = flexselect.load_processor(folder)
         self.engine = Engine(self.model, Full())
@@ -209,9 +219,17 @@ class Study:
                 self.selector = flexselect.load_selector(selector_folder(family), self.model)
         except CheckpointError as error:
             logger.warning("Lite cells are left out: %s", error)
+        current = {"checkpoint": self.checksum, "counting": COUNTING}
+        if self.selector is not None:
+            # Where it lies is this machine's business; which one it is decides.
+            current["selector"] = _checksum(selector_folder(family))
+        self._current = current
+        found = read_results(results).get(self.name, {})
+        #: What can be gone on with; what was counted of anything else is void.
         self.tallies = {
-            key: Tally(**row) for key, row in read_results(results).get(self.name, {}).items()
+            key: Tally(**row) for key, row in found.items() if self._is_current(row["knobs"])
         }
+        self._void = set(found) - set(self.tallies)
 
     @property
     def tokens_per_frame(self) -> int:
@@ -233,16 +251,21 @@ class Study:
         for clips, members in groups.items():
             engines = {cell: self._engine(cell) for cell in members}
             for cell in members:
-                knobs = {**engines[cell].method.record(), "checkpoint": self.checksum}
-                if cell.lite:
-                    # Where it lies is this machine's business; which one it is decides.
-                    knobs["selector"] = _checksum(selector_folder(self.family.name))
-                # Another preset or checkpoint: what was counted before is void.
+                knobs = {**engines[cell].method.record(), **self._current}
+                knobs["tasks"] = list(clips.tasks)
+                if not cell.lite:
+                    knobs["selector"] = None
                 if self.tallies.get(cell.key, Tally()).knobs != knobs:
                     self.tallies[cell.key] = Tally(knobs=knobs)
             waiting = [c for c in members if self.tallies[c.key].videos < c.count]
             if waiting:
                 self._run_clips(clips, {cell: engines[cell] for cell in waiting}, title)
+
+    def _is_current(self, knobs: Mapping[str, Any]) -> bool:
+        return all(
+            knobs.get(name) == value or (name == "selector" and knobs.get(name) is None)
+            for name, value in self._current.items()
+        )
 
     def _engine(self, cell: Cell) -> Engine:
         method = replace(cell.method, selector=self.selector) if cell.lite else cell.method  # type: ignore[call-arg]
@@ -270,7 +293,7 @@ class Study:
                 for question in source.questions:
                     self._ask(replace(opened, engine=engine), cell, question, tally)
                 tally.videos = index + 1
-            self._save()
+            self._save(engines)
 
     def _video(self, clips: Clips, index: int) -> NeedleVideo:
         return make_needle_video(
@@ -292,6 +315,7 @@ class Study:
             selection = answer.selection
             right = answer.text == question.answer
             tally.right += right
+            tally.hits += "01"[right]
             task = tally.by_task.setdefault(question.task, [0, 0])
             task[0] += right
             task[1] += 1
@@ -309,11 +333,16 @@ class Study:
             tally.first_moment += bool(hits[:1] and hits[0])
             tally.five_moments += any(hits)
 
-    def _save(self) -> None:
-        everything = read_results(self.results)
-        mine = everything.setdefault(self.name, {})
-        mine |= {key: vars(tally) for key, tally in self.tallies.items() if tally.videos}
-        write_json(self.results, everything)
+    def _save(self, cells: Iterable[Cell]) -> None:
+        """Put the tallies of ``cells`` into the file, beside those of other processes."""
+        with _held(self.results.parent):
+            everything = read_results(self.results)
+            mine = everything.setdefault(self.name, {})
+            for key in self._void & set(mine):
+                del mine[key]
+            self._void.clear()
+            mine |= {cell.key: vars(self.tallies[cell.key]) for cell in cells}
+            write_json(self.results, everything)
 
 
 def _shows(moment: Moment, needle: NeedleSpot) -> bool:
@@ -322,16 +351,20 @@ def _shows(moment: Moment, needle: NeedleSpot) -> bool:
     return moment.start < last and first < moment.end
 
 
-def _training_seed(folder: Path) -> int:
+def _training_seed(folder: Path, family: str) -> int:
     """Return the seed that a checkpoint was trained with, as its ``training.json`` says."""
     path = folder / "training.json"
     try:
-        return int(json.loads(path.read_text())["seed"])
-    except (OSError, ValueError, KeyError) as error:
+        record = json.loads(path.read_text())
+        trained, seed = record["family"], int(record["seed"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} does not say what seed the checkpoint was trained with. Name a folder that "
             "python -m flexselect.testbed.train has written."
         ) from error
+    if trained != family:
+        raise CheckpointError(f"{folder} holds a {trained}. Say --family {trained}.")
+    return seed
 
 
 def _checksum(folder: Path) -> str:
@@ -339,40 +372,68 @@ def _checksum(folder: Path) -> str:
     return f"{zlib.crc32((folder / 'model.safetensors').read_bytes()):08x}"
 
 
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep other processes from what they hold ``folder`` for, until this is left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def read_results(path: Path) -> dict[str, Any]:
-    """Read the tallies of every family, none where there is no file yet."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    """Read the tallies of every checkpoint, none where there is no file yet."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        return {
+            name: {key: vars(Tally(**row)) for key, row in cells.items()}
+            for name, cells in found.items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} does not hold results of this study ({error}). Restore it, move it away, or "
+            "name another file with --results."
+        ) from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    os.replace(partial, path)
+    replace_file(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.part is None and options.report is None:
+        parser.error("nothing to do: give --part to measure, --report to write, or both")
+    if options.part != "knobs" and options.count is not None:
+        parser.error("--count is for --part knobs; the table's cells have a size of their own")
+    if options.model is not None and len(options.family) > 1:
+        parser.error("--model is one checkpoint: name its --family")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     torch.set_num_threads(options.threads)
     try:
         for family in options.family if options.part else []:
             folder = options.model or checkpoint_folder(family)
             study = Study(family, folder, options.results, options.videos)
+            layers = study.engine.architecture.num_layers
+            count = options.count or 35
             if options.part == "knobs":
-                layers = study.engine.architecture.num_layers
-                study.run(layer_cells(layers, "validation", options.count or 16), "layers")
-                study.run(knob_cells(study.preset, options.count or 20), "knobs")
+                study.run(layer_cells(layers, "validation", count), "layers")
+                study.run(knob_cells(study.preset, count), "knobs")
             else:
-                layers = study.engine.architecture.num_layers
                 cells = table_cells(study.preset, study.tokens_per_frame)
-                cells += layer_cells(layers, "test", 35)
+                cells += layer_cells(layers, "test", count)
                 study.run([c for c in cells if c.clips.frames in options.frames], "table")
         if options.report:
             write_report(read_results(options.results), options.report)
-    except FlexSelectError as error:
+    except (FlexSelectError, OSError) as error:
         logger.error("error: %s", error)
         return 2
     return 0
@@ -380,6 +441,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _progress(indices: range, label: str) -> Iterator[int]:
     yield from track(indices, description=label, console=Console(stderr=True))
+
+
+def _some(text: str) -> int:
+    """Read a whole number of at least one."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -400,8 +468,10 @@ def _parser() -> argparse.ArgumentParser:
         default=[16, *LENGTHS],
         help="lengths of --part table to measure now",
     )
-    parser.add_argument("--count", type=int, help="validation videos a cell of --part knobs")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument(
+        "--count", type=_some, help="validation videos a cell of --part knobs (default: 35)"
+    )
+    parser.add_argument("--threads", type=_some, default=1, help="CPU threads")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "testbed.json")
     parser.add_argument("--videos", type=Path, default=Path("outputs") / "testbed-videos")
     parser.add_argument("--report", type=Path, help="Markdown file to write the tables to")

@@ -7,7 +7,9 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from flexselect.core.errors import OptionError
 from flexselect.testbed.questions import CHANCE, RETRIEVAL
+from flexselect.testbed.videos import replace_file
 
 _METHODS = (
     "all tokens",
@@ -20,6 +22,9 @@ _METHODS = (
 )
 _LENGTHS = (16, 512, 1024, 2048)
 _ANOTHER = "another video's question"
+_LAYER_TITLE = "Recall of the needle among as many best tokens as the budget, 512 frames, by layer"
+_LOOKED_AT = "The same on validation videos, by what asks"
+_BEGIN, _END = "<!-- tables -->", "<!-- end of tables -->"
 
 
 def interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
@@ -39,28 +44,56 @@ def interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
+def difference(ours: str, theirs: str, z: float = 1.96) -> tuple[float, float, float]:
+    """Difference of two shares of the same questions, and the bounds of its interval.
+
+    Parameters
+    ----------
+    ours, theirs : str
+        A 1 (right) or 0 a question, in the same order, at least one.
+    z : float
+        Standard deviations; 1.96 for 95%.
+
+    Returns
+    -------
+    difference, low, high : float
+        Ours less theirs; only questions that one has right and the other wrong tell them apart.
+    """
+    pairs = list(zip(ours, theirs, strict=True))
+    better, worse = pairs.count(("1", "0")), pairs.count(("0", "1"))
+    n = len(pairs)
+    found = (better - worse) / n
+    # Agresti and Min's interval for matched pairs: half a question is added to each of the four.
+    centre = (better - worse) / (n + 2)
+    variance = (better + worse + 1) - (better - worse) ** 2 / (n + 2)
+    spread = z * sqrt(variance) / (n + 2)
+    return found, centre - spread, centre + spread
+
+
 def write_report(results: Mapping[str, Any], path: Path) -> None:
     """Write every table that the results have cells for, between two marks of a Markdown file.
 
-    Text outside the marks stays; a file without them gets the tables at its end.
+    Text outside the marks stays; a file without them gets the tables at its end. Raises
+    `OptionError` for a file with only one of the marks.
     """
-    begin, end = "<!-- tables -->", "<!-- end of tables -->"
     text = path.read_text() if path.exists() else ""
-    before, _, rest = text.partition(begin)
-    after = rest.partition(end)[2]
+    if (text.count(_BEGIN), text.count(_END)) not in ((0, 0), (1, 1)):
+        raise OptionError(
+            f"{path} must have {_BEGIN} and {_END} once each, or neither. Mend the marks, or name "
+            "another file with --report."
+        )
+    before, _, rest = text.partition(_BEGIN)
+    after = rest.partition(_END)[2]
     tables = "\n\n".join(_family_report(family, cells) for family, cells in sorted(results.items()))
-    path.write_text(f"{before.rstrip()}\n\n{begin}\n\n{tables}\n\n{end}{after or chr(10)}")
+    page = f"{before.rstrip()}\n\n{_BEGIN}\n\n{tables}\n\n{_END}{after or chr(10)}"
+    replace_file(path, page.encode())
 
 
 def _family_report(family: str, cells: Mapping[str, Any]) -> str:
     parts = [f"## {family}", _accuracy(cells), _moments(cells), _scoring(cells)]
-    parts += [_layers(cells, "test", LAYER_TITLE)]
-    parts += [_weak(cells), _knobs(cells), _layers(cells, "validation", LOOKED_AT)]
+    parts += [_layers(cells, "test", _LAYER_TITLE)]
+    parts += [_weak(cells), _knobs(cells), _layers(cells, "validation", _LOOKED_AT)]
     return "\n\n".join(part for part in parts if part)
-
-
-LAYER_TITLE = "Recall of the needle among as many best tokens as the budget, 512 frames, by layer:"
-LOOKED_AT = "The same on validation videos, by what asks:"
 
 
 def _accuracy(cells: Mapping[str, Any]) -> str:
@@ -69,7 +102,17 @@ def _accuracy(cells: Mapping[str, Any]) -> str:
         row = [name]
         for frames in _LENGTHS:
             cell = cells.get(f"test/{frames}/retrieval/{name}")
-            row.append(_share(cell) if cell else "")
+            # Another video's question has no needle here.
+            row.append(_share(cell, _ANOTHER not in name) if cell else "")
+        if any(row[1:]):
+            rows.append(row)
+    for budget in ("", ", 1/16"):
+        row = [f"Lite{budget} less training-free{budget}"]
+        for frames in _LENGTHS:
+            pair = [
+                cells.get(f"test/{frames}/retrieval/{n}{budget}") for n in ("Lite", "training-free")
+            ]
+            row.append(_difference(*pair) if all(pair) else "")
         if any(row[1:]):
             rows.append(row)
     if not rows:
@@ -79,10 +122,17 @@ def _accuracy(cells: Mapping[str, Any]) -> str:
     return _table(head, rows)
 
 
-def _share(cell: Mapping[str, Any]) -> str:
+def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    if not ours["hits"] or len(ours["hits"]) != len(theirs["hits"]):
+        return ""  # One of them is still being counted.
+    found, low, high = difference(ours["hits"], theirs["hits"])
+    return f"{found:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def _share(cell: Mapping[str, Any], needle: bool = True) -> str:
     low, high = interval(cell["right"], cell["asked"])
     text = f"{cell['right'] / cell['asked']:.3f} ({low:.2f}-{high:.2f}, n {cell['asked']})"
-    if cell["kept"] < cell["visual"] and cell["kept_needle"]:
+    if needle and cell["kept"] < cell["visual"]:
         kept = cell["kept"] / cell["visual"]
         text += f"; kept {kept:.1%}, of the needle {cell['kept_needle'] / cell['asked']:.2f}"
     return text
@@ -119,23 +169,22 @@ def _by_length(
 
 
 def _layers(cells: Mapping[str, Any], split: str, title: str) -> str:
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[int, str]] = {}
+    asked = 0
     for key, cell in cells.items():
-        prefix, _, name = key.rpartition("/")
-        if prefix == f"{split}/512/retrieval" and name.startswith("layer "):
-            layer, _, asks = name.removeprefix("layer ").partition(", ")
-            found.setdefault(asks, {})[layer] = f"{cell['recall'] / cell['asked']:.2f}"
+        name = key.removeprefix(f"{split}/512/retrieval/layer ")
+        if name != key:
+            layer, _, asks = name.partition(", ")
+            found.setdefault(asks, {})[int(layer)] = f"{cell['recall'] / cell['asked']:.2f}"
+            asked = cell["asked"]
     if not found:
         return ""
-    layers = sorted({layer for row in found.values() for layer in row}, key=int)
+    layers = sorted({layer for row in found.values() for layer in row})
     rows = [
-        [_asking(asks), *(row.get(layer, "") for layer in layers)] for asks, row in found.items()
+        [asks or "as in the preset", *(row.get(layer, "") for layer in layers)]
+        for asks, row in found.items()
     ]
-    return f"{title}\n\n" + _table(["layer", *layers], rows)
-
-
-def _asking(asks: str) -> str:
-    return "as in the preset" if "None" in asks else asks
+    return f"{title} (n {asked}):\n\n" + _table(["layer", *map(str, layers)], rows)
 
 
 def _weak(cells: Mapping[str, Any]) -> str:
@@ -145,7 +194,7 @@ def _weak(cells: Mapping[str, Any]) -> str:
             cell = cells.get(f"test/{frames}/weak/{name}")
             if cell:
                 shares = [
-                    f"{right / asked:.2f} ({low:.2f}-{high:.2f})"
+                    f"{right / asked:.2f} ({low:.2f}-{high:.2f}, n {asked})"
                     for right, asked in cell["by_task"].values()
                     for low, high in [interval(right, asked)]
                 ]
@@ -159,11 +208,11 @@ def _weak(cells: Mapping[str, Any]) -> str:
 def _knobs(cells: Mapping[str, Any]) -> str:
     rows = []
     for key, cell in cells.items():
-        prefix, _, name = key.rpartition("/")
-        if prefix == "validation/512/retrieval" and not name.startswith("layer "):
+        name = key.removeprefix("validation/512/retrieval/")
+        if name != key and not name.startswith("layer "):
             knob, _, value = name.partition(" ")
             asked = cell["asked"]
-            accuracy = _share({**cell, "kept_needle": 0})
+            accuracy = _share(cell, needle=False)
             figures = [
                 f"{cell[k] / asked:.2f}" for k in ("kept_needle", "first_moment", "five_moments")
             ]

@@ -23,7 +23,7 @@ def checkpoint_folder(family: str) -> Path:
     return _found(
         FOLDER / _known(family),
         "checkpoint",
-        f"Train it (10-20 minutes on two cores): "
+        f"Train it (about an hour on one core): "
         f"python -m flexselect.testbed.train --family {family}",
     )
 
@@ -51,7 +51,8 @@ def selector_folder(family: str) -> Path:
     return _found(
         FOLDER.parent / "selectors" / _known(family),
         "Lite selector",
-        f"Train it (minutes on two cores): make train-selector MODEL={family}",
+        f"Train it (minutes on two cores) with make train-selector MODEL={family}, and copy "
+        f"config.json, model.safetensors and summary.json there from outputs/selector/{family}.",
     )
 
 

@@ -148,13 +148,44 @@ def save_checkpoint(family: Family, model: Any, out: Path) -> None:
     family.processor.save_pretrained(out)
 
 
-def check_checkpoint(family: Family, folder: Path, count: int) -> dict[str, Score]:
-    """Ask a saved checkpoint about ``count`` test videos, with both controls."""
+def check_checkpoint(family: Family, folder: Path, count: int) -> tuple[float, dict[str, Score]]:
+    """Ask a saved checkpoint about ``count`` videos of sixteen frames.
+
+    Returns
+    -------
+    accuracy, scores : float, dict
+        Retrieval from validation videos, by which a checkpoint may be judged, and the scores of
+        test videos, with both controls.
+    """
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    return {
+    judged = check_clips(family, model, split="validation", count=count, tasks=RETRIEVAL)
+    return judged.accuracy(), {
         name: check_clips(family, model, split="test", count=count, control=control)
         for name, control in (("whole", None), ("shuffled", "shuffled"), ("blind", "blind"))
     }
+
+
+def publish(draft: Path, out: Path) -> None:
+    """Put a finished checkpoint in its place whole, instead of what is there.
+
+    Raises `CheckpointError` where ``out`` is something else than a checkpoint's folder.
+    """
+    if out.exists() and (not out.is_dir() or not _is_checkpoint(out)):
+        raise CheckpointError(
+            f"{out} is there and is no checkpoint. The new one stays in {draft}; copy it where it "
+            "should be, or name another --out."
+        )
+    fresh, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(draft, fresh)
+    if out.exists():
+        out.rename(old)
+    fresh.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return not any(folder.iterdir()) or (folder / "model.safetensors").is_file()
 
 
 class _State:
@@ -241,11 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     draft = work / "checkpoint"
     save_checkpoint(family, model, draft)
-    scores = check_checkpoint(family, draft, options.check)
+    accuracy, scores = check_checkpoint(family, draft, options.check)
     for name, score in scores.items():
         logger.info("%s: %s", name, score.rows())
-    accuracy = scores["whole"].accuracy(RETRIEVAL)
-    logger.info("retrieval from clips of 16 frames: %.3f", accuracy)
+    logger.info("retrieval from validation clips of 16 frames: %.3f", accuracy)
     record = {
         "family": family.name,
         "seed": options.seed,
@@ -261,10 +291,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.error("error: below --least %.2f; the checkpoint stays in %s", least, draft)
         return 1
     home = FOLDER.parent / "students" if options.student else FOLDER
+    if options.out is None and options.seed != 0:
+        logger.info("wrote %s; --out would put it elsewhere", draft)
+        return 0
     out = options.out or home / family.name
-    shutil.copytree(draft, out, dirs_exist_ok=True)
+    try:
+        publish(draft, out)
+    except (FlexSelectError, OSError) as error:
+        logger.error("error: %s", error)
+        return 2
     logger.info("wrote %s", out)
     return 0
+
+
+def _videos(text: str) -> int:
+    """Read how many videos to ask; one alone cannot be asked another one's questions."""
+    if (count := int(text)) < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, got {text}")
+    return count
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -282,8 +326,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--work", type=Path, help="folder of the state (default: outputs/testbed-…)"
     )
-    parser.add_argument("--out", type=Path, help="default: testbed/checkpoints/FAMILY, or students")
-    parser.add_argument("--check", type=int, default=100, help="test videos to ask at the end")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="default: testbed/checkpoints/FAMILY, or students; with another seed than 0 it stays "
+        "in WORK/checkpoint",
+    )
+    parser.add_argument(
+        "--check",
+        type=_videos,
+        default=100,
+        help="validation and test videos to ask at the end, at least 2 (default: 100)",
+    )
     parser.add_argument(
         "--least",
         type=float,

@@ -13,9 +13,8 @@ from flexselect.testbed import locate
 from flexselect.testbed.check import check_clips, family_inputs
 from flexselect.testbed.models import family_of
 from flexselect.testbed.questions import RETRIEVAL, compose, split_seed
+from flexselect.testbed.recipe import default_recipe, student_recipe
 from flexselect.testbed.videos import decode_video, draw_plot, encode_video
-
-COMMITTED = [name for name in locate.FAMILIES if (locate.FOLDER / name).is_dir()]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +42,7 @@ def test_each_kind_of_model_has_a_folder_of_its_own(tmp_path, monkeypatch):
     assert len({find("internvl") for find in finders}) == 3
 
 
-@pytest.mark.parametrize("name", COMMITTED)
+@pytest.mark.parametrize("name", locate.FAMILIES)
 def test_a_committed_checkpoint_is_small_and_stands_by_its_record(name):
     folder = locate.checkpoint_folder(name)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 4 * 2**20
@@ -58,7 +57,30 @@ def test_a_committed_checkpoint_is_small_and_stands_by_its_record(name):
             assert row["accuracy"] <= row["chance"] + 4 * spread
 
 
-@pytest.mark.parametrize("name", COMMITTED)
+@pytest.mark.parametrize("name", locate.FAMILIES)
+def test_what_is_committed_was_trained_by_the_recipe_as_it_is(name):
+    family = family_of(name)
+    recipes = {locate.checkpoint_folder: default_recipe, locate.student_folder: student_recipe}
+    for folder, recipe in recipes.items():
+        record = json.loads((folder(name) / "training.json").read_text())
+        assert record["recipe"] == repr(recipe(family))
+
+
+@pytest.mark.parametrize("name", locate.FAMILIES)
+def test_a_committed_student_has_the_tower_of_the_committed_checkpoint(name):
+    family = family_of(name)
+    folders = locate.checkpoint_folder(name), locate.student_folder(name)
+    models = [AutoModelForImageTextToText.from_pretrained(folder) for folder in folders]
+    own = {id(p) for p in family.projector(models[1]).parameters()}
+    weights = dict(models[0].named_parameters())
+    tower = {id(p) for part in family.tower(models[1]) for p in part.parameters()} - own
+    assert tower
+    for key, value in models[1].named_parameters():
+        if id(value) in tower:
+            assert torch.equal(value, weights[key]), key
+
+
+@pytest.mark.parametrize("name", locate.FAMILIES)
 def test_a_committed_checkpoint_generates_one_word_through_the_public_api(name):
     folder = locate.checkpoint_folder(name)
     model = flexselect.load_model(str(folder))
@@ -84,7 +106,7 @@ def test_what_runs_real_models_does_not_know_of_the_testbed(folder):
     assert not [path for path in files if "testbed" in path.read_text()]
 
 
-@pytest.mark.parametrize("name", COMMITTED)
+@pytest.mark.parametrize("name", locate.FAMILIES)
 def test_a_committed_checkpoint_answers_fresh_clips_and_needs_to_see_them(name):
     folder = locate.checkpoint_folder(name)
     family = family_of(name)

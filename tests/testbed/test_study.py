@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 
-from flexselect.core.errors import CheckpointError
+from flexselect.core.errors import CheckpointError, OptionError
 from flexselect.core.selection import Moment
 from flexselect.inference.methods import FlexSelect, Full, Random
 from flexselect.scripts import testbed_study as study_module
 from flexselect.scripts.testbed_study import Cell, Clips, Study, layer_cells, table_cells
-from flexselect.scripts.testbed_tables import interval, write_report
+from flexselect.scripts.testbed_tables import difference, interval, write_report
 from flexselect.testbed.locate import checkpoint_folder
 from flexselect.testbed.questions import RETRIEVAL
 from flexselect.testbed.videos import NeedleSpot
@@ -44,8 +44,8 @@ def test_a_stopped_study_goes_on_and_counts_every_video_once(tmp_path, monkeypat
     study(whole).run(CELLS, "test")
     save = Study._save
 
-    def stop_after_saving(self):
-        save(self)
+    def stop_after_saving(self, cells):
+        save(self, cells)
         raise KeyboardInterrupt
 
     for _ in range(CLIPS.count):
@@ -113,6 +113,81 @@ def test_a_moment_shows_a_needle_that_is_on_screen_in_it(start, end, shows):
     assert study_module._shows(moment, needle) is shows
 
 
+def test_what_another_checkpoint_or_counting_gave_leaves_the_file(tmp_path, monkeypatch):
+    clips = Clips("validation", 16, 1, ("number",))
+    cells = [Cell("all tokens", clips, Full()), Cell("random tokens", clips, Random(budget=8))]
+    study(tmp_path).run(cells, "test")
+    monkeypatch.setattr(study_module, "COUNTING", study_module.COUNTING + 1)
+    study(tmp_path).run(cells[:1], "test")
+    assert [key.rpartition("/")[2] for key in counted(tmp_path)] == ["all tokens"]
+
+
+def test_processes_that_measure_side_by_side_lose_nothing(tmp_path):
+    early, late = (Clips("validation", frames, 2, ("number",)) for frames in (16, 32))
+    first, second = study(tmp_path), study(tmp_path)
+    second.run([Cell("all tokens", late, Full())], "test")
+    first.run([Cell("all tokens", early, Full())], "test")
+    assert {key: cell["videos"] for key, cell in counted(tmp_path).items()} == {
+        "validation/16/retrieval/all tokens": 2,
+        "validation/32/retrieval/all tokens": 2,
+    }
+
+
+def test_the_command_looks_at_layers_and_knobs_of_validation_videos(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_module, "LENGTHS", (32,))
+    results, page = tmp_path / "results.json", tmp_path / "page.md"
+    arguments = ["--part", "knobs", "--family", "qwen2_5_vl", "--count", "1"]
+    arguments += ["--results", str(results), "--videos", str(tmp_path / "videos")]
+    assert study_module.main(arguments) == 0
+    cells = json.loads(results.read_text())["qwen2_5_vl"]
+    assert all(key.startswith("validation/32/retrieval/") for key in cells)
+    names = {key.removeprefix("validation/32/retrieval/") for key in cells}
+    assert {"positions original", "query last", "aggregation mean", "budget 256"} < names
+    assert {f"layer {layer}, max of last" for layer in range(6)} < names
+    assert {cell["asked"] for cell in cells.values()} == {6}
+    moved = {key.replace("/32/", "/512/"): cell for key, cell in cells.items()}
+    write_report({"qwen2_5_vl": moved}, page)
+    lines = page.read_text().splitlines()
+    assert sum(line.startswith(("| max of", "| mean of")) for line in lines) == 3
+    assert any(line.startswith("| budget | 16 |") for line in lines)
+    rows = [line for line in lines if line.startswith("| budget |")]
+    assert rows == sorted(rows, key=lambda row: int(row.split("|")[2]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--part to measure, --report to write"),
+        (["--part", "table", "--count", "3"], "--count is for --part knobs"),
+        (["--part", "knobs", "--count", "0"], "must be at least 1"),
+        (["--part", "table", "--threads", "0"], "must be at least 1"),
+        (["--part", "table", "--model", "folder"], "name its --family"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        study_module.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_family_is_refused(tmp_path, caplog):
+    arguments = ["--part", "table", "--family", "internvl"]
+    arguments += ["--model", str(checkpoint_folder("llava_video")), "--results", "nowhere.json"]
+    assert study_module.main(arguments) == 2
+    assert "holds a llava_video. Say --family llava_video." in caplog.text
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": {"b": {"wrong": 1}}}', '{"a": 3}'])
+def test_damaged_results_are_left_alone(content, tmp_path, caplog):
+    results, page = tmp_path / "results.json", tmp_path / "page.md"
+    results.write_text(content)
+    assert study_module.main(["--results", str(results), "--report", str(page)]) == 2
+    assert f"{results} does not hold results of this study" in caplog.text
+    assert results.read_text() == content
+    assert not page.exists()
+
+
 def test_budgets_of_the_table_are_those_that_it_names():
     for cell in table_cells({"budget": 32}, 2):
         if cell.name.endswith("1/16"):
@@ -137,6 +212,28 @@ def test_intervals_hold_at_the_edges_and_narrow_with_more_questions():
     assert interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     wide, narrow = interval(9, 10), interval(900, 1000)
     assert narrow[1] - narrow[0] < (wide[1] - wide[0]) / 5
+
+
+def test_differences_are_of_the_same_questions():
+    # Of 100 questions: 5 only ours, 2 only theirs.
+    ours, theirs = "1" * 90 + "11111" + "00" + "000", "1" * 90 + "00000" + "11" + "000"
+    found, low, high = difference(ours, theirs)
+    assert found == pytest.approx(0.03)
+    # (5 - 2 ± 1.96 √(8 - 9/102)) / 102
+    assert (low, high) == pytest.approx((-0.0247, 0.0835), abs=1e-4)
+    assert difference(theirs, ours) == pytest.approx((-found, -high, -low))
+    alike = difference("1" * 50, "1" * 50)
+    assert alike[0] == 0
+    assert alike[1] < 0 < alike[2]
+
+
+@pytest.mark.parametrize("page", ["<!-- tables -->\nmine", "mine\n<!-- end of tables -->"])
+def test_a_page_with_half_of_the_marks_is_left_alone(page, tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text(page)
+    with pytest.raises(OptionError, match="Mend the marks"):
+        write_report({}, path)
+    assert path.read_text() == page
 
 
 def test_the_report_has_every_cell_and_leaves_other_text_alone(tmp_path):

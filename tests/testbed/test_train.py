@@ -1,5 +1,8 @@
 """Training: a miniature learns from scratch, a stopped run goes on as if it never stopped."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -182,6 +185,50 @@ def test_the_state_of_another_run_is_refused(tmp_path):
         train(family, shortened(1), work=tmp_path, seed=1)
 
 
+def command(monkeypatch, home, *more):
+    """Run the command with a recipe of one step, as if checkpoints lay in ``home``."""
+    monkeypatch.setattr(train_module, "default_recipe", lambda family: shortened(1))
+    monkeypatch.setattr(train_module, "FOLDER", home / "checkpoints")
+    arguments = ["--family", "internvl", "--work", str(home / "work"), "--check", "2"]
+    return train_module.main([*arguments, *more])
+
+
+def test_only_the_first_seed_goes_where_the_projects_own_checkpoints_lie(tmp_path, monkeypatch):
+    own = tmp_path / "checkpoints" / "internvl"
+    assert command(monkeypatch, tmp_path, "--seed", "1", "--least", "0") == 0
+    assert json.loads((tmp_path / "work/checkpoint/training.json").read_text())["seed"] == 1
+    assert not own.exists()
+    shutil.rmtree(tmp_path / "work")
+    own.mkdir(parents=True)
+    for name in ("model.safetensors", "of_an_older_one.json"):
+        (own / name).touch()
+    assert command(monkeypatch, tmp_path, "--least", "0") == 0
+    record = json.loads((own / "training.json").read_text())
+    assert (record["family"], record["seed"], record["student"]) == ("internvl", 0, False)
+    assert not (own / "of_an_older_one.json").exists()
+    assert [path.name for path in own.parent.iterdir()] == ["internvl"]
+    AutoModelForImageTextToText.from_pretrained(own)
+
+
+def test_a_checkpoint_that_has_not_learned_is_not_put_in_place(tmp_path, monkeypatch, caplog):
+    own = tmp_path / "checkpoints" / "internvl"
+    assert command(monkeypatch, tmp_path) == 1
+    assert "below --least 0.98" in caplog.text
+    assert not own.exists()
+    assert (tmp_path / "work" / "checkpoint" / "model.safetensors").is_file()
+
+
+def test_what_is_no_checkpoint_is_not_replaced(tmp_path, monkeypatch, caplog):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("all of it")
+    assert command(monkeypatch, tmp_path, "--least", "0", "--out", str(mine)) == 2
+    assert "is no checkpoint" in caplog.text
+    assert (mine / "thesis.txt").read_text() == "all of it"
+    with pytest.raises(SystemExit):
+        command(monkeypatch, tmp_path, "--check", "1")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_checkpoint_is_an_ordinary_folder(name, tmp_path):
     family = family_of(name)
@@ -211,7 +258,7 @@ def test_a_checkpoint_is_an_ordinary_folder(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_no_clip_of_the_recipe_is_longer_than_sixteen_pictures(name):
+def test_no_whole_clip_of_the_recipe_is_longer_than_sixteen_pictures(name):
     family = family_of(name)
     slots = len(family.frame_slots()[0])
     for phase in (*default_recipe(family).phases, *student_recipe(family).phases):

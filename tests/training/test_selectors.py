@@ -9,13 +9,11 @@ import pytest
 
 import flexselect
 from flexselect.inference.presets import preset_of
-from flexselect.testbed.locate import FAMILIES, FOLDER, checkpoint_folder, selector_folder
+from flexselect.testbed.locate import FAMILIES, checkpoint_folder, selector_folder
 from flexselect.training.accuracy import compare, needle_videos
 
-COMMITTED = [name for name in FAMILIES if (FOLDER.parent / "selectors" / name).is_dir()]
 
-
-@pytest.fixture(params=COMMITTED, scope="module")
+@pytest.fixture(params=FAMILIES, scope="module")
 def trained(request: pytest.FixtureRequest) -> tuple[str, Any, Any]:
     name = request.param
     model = flexselect.load_model(checkpoint_folder(name), dtype="float32", device="cpu")
