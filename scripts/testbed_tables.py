@@ -109,10 +109,11 @@ def _accuracy(cells: Mapping[str, Any]) -> str:
     for budget in ("", ", 1/16"):
         row = [f"Lite{budget} less training-free{budget}"]
         for frames in _LENGTHS:
-            pair = [
-                cells.get(f"test/{frames}/retrieval/{n}{budget}") for n in ("Lite", "training-free")
-            ]
-            row.append(_difference(*pair) if all(pair) else "")
+            ours, theirs = (
+                cells.get(f"test/{frames}/retrieval/{name}{budget}")
+                for name in ("Lite", "training-free")
+            )
+            row.append(_difference(ours, theirs) if ours and theirs else "")
         if any(row[1:]):
             rows.append(row)
     if not rows:
