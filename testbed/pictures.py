@@ -8,6 +8,8 @@ for real models; the tiny checkpoints know nothing of such pictures.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -50,17 +52,19 @@ def read_pictures(folder: Path) -> list[Picture]:
     Raises
     ------
     OptionError
-        If there is no such file, it is damaged, or not one of its images is there.
+        If there is no such file to read, it is damaged, or not one of its images is there.
     """
     listing = folder / "dataset.json"
     try:
-        rows = json.loads(listing.read_text())
+        rows = json.loads(listing.read_text(encoding="utf-8"))
         pictures = [
             Picture(folder / row["path"], row["prompt"].strip(), row["answer"]) for row in rows
         ]
-    except FileNotFoundError as error:
-        raise OptionError(f"{listing} does not exist; it must list the needle images.") from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise OptionError(
+            f"{listing} cannot be read ({error.strerror}); it must list the needle images."
+        ) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise OptionError(
             f"{listing} must hold rows of path, prompt, answer: {error!r}."
         ) from error
@@ -99,9 +103,10 @@ def make_picture_video(
     Raises
     ------
     OptionError
-        If the haystack has fewer frames, or ``path`` was made with other options.
+        If the haystack has fewer frames, or ``path`` was made with other options or from files
+        of other content.
     VideoError
-        If the haystack or the image cannot be decoded.
+        If the haystack or the image cannot be read or decoded.
     """
     seed = split_seed(split, index)
     recipe = {
@@ -112,7 +117,11 @@ def make_picture_video(
         "frames": frames,
         "fps": FPS,
         "haystack": haystack.name,
+        "haystack_sha256": _checksum(haystack),
         "picture": picture.path.name,
+        "picture_sha256": _checksum(picture.path),
+        "prompt": picture.prompt,
+        "answer": picture.answer,
     }
     if (done := finished(path, recipe)) is not None:
         return done
@@ -121,6 +130,27 @@ def make_picture_video(
     needle = NeedleSpot((spot,), None, None, None, "picture")
     question = VideoQuestion("picture", picture.prompt, picture.answer, None, (needle,))
     return write_sidecar(path, recipe, (question,))
+
+
+def _checksum(path: Path) -> str:
+    """Return the SHA-256 of a haystack or an image."""
+    try:
+        state = path.stat()
+        return _read_checksum(path, state.st_mtime_ns, state.st_size)
+    except OSError as error:
+        raise VideoError(
+            f"{path} cannot be read ({error.strerror}). Name a file that is there and readable."
+        ) from error
+
+
+@functools.lru_cache
+def _read_checksum(path: Path, modified: int, size: int) -> str:
+    """Read a file for its SHA-256: a long haystack once for all its needles, until it changes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _insert(haystack: Path, image: Path, frames: int, spot: int) -> Iterator[NDArray[np.uint8]]:

@@ -182,18 +182,31 @@ def finished(path: Path, recipe: dict[str, Any]) -> NeedleVideo | None:
     Raises
     ------
     OptionError
-        If the file was made by another recipe.
+        If the file was made by another recipe, or a folder has its name.
+    VideoError
+        If the sidecar cannot be read.
     """
-    if not path.with_suffix(".json").exists() or not path.exists():
+    for file in (path, path.with_suffix(".json")):
+        if file.is_dir():
+            raise OptionError(
+                f"{file} is a folder, where a file is to be written. "
+                "Choose another folder for the videos or delete this one."
+            )
+    if not is_complete(path):
         return None
     video = read_sidecar(path)
     if video.recipe != recipe:
         changed = sorted(k for k in recipe | video.recipe if recipe.get(k) != video.recipe.get(k))
         raise OptionError(
-            f"{path} was made with other options ({', '.join(changed)} differ). "
+            f"{path} was made with other options or sources ({', '.join(changed)} differ). "
             "Choose another folder or delete the old video."
         )
     return video
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a video has its sidecar and is not empty; each is written whole or not at all."""
+    return path.with_suffix(".json").exists() and path.is_file() and path.stat().st_size > 0
 
 
 def write_sidecar(
@@ -239,11 +252,11 @@ def read_sidecar(path: Path) -> NeedleVideo:
     Raises
     ------
     VideoError
-        If there is no sidecar, or it is not one of ours.
+        If there is no sidecar, it cannot be read, or it is not one of ours.
     """
     sidecar = path.with_suffix(".json")
     try:
-        record = json.loads(sidecar.read_text())
+        record = json.loads(sidecar.read_text(encoding="utf-8"))
         if record["format"] != SIDECAR_FORMAT:
             raise VideoError(
                 f"{sidecar} has format {record['format']}, this version reads {SIDECAR_FORMAT}. "
@@ -267,18 +280,36 @@ def read_sidecar(path: Path) -> NeedleVideo:
         return NeedleVideo(video, recipe["frames"], recipe["fps"], questions, recipe)
     except FileNotFoundError as error:
         raise VideoError(
-            f"{sidecar} does not exist: {path} is no needle video, or was not finished."
+            f"{sidecar} does not exist: {path} is no needle video, or was not finished. "
+            "Make it with python -m flexselect.testbed.make."
         ) from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise VideoError(f"{sidecar} is not a needle video's sidecar: {error!r}.") from error
+    except OSError as error:
+        raise VideoError(
+            f"{sidecar} cannot be read ({error.strerror}). Give yourself access to it, or delete "
+            "it and make the video again."
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise VideoError(
+            f"{sidecar} is not a needle video's sidecar: {error!r}. Move or delete it, and make "
+            "the video again."
+        ) from error
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; nothing is left behind.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], *, fps: float) -> None:

@@ -1,9 +1,6 @@
 """The files: what was drawn comes back from h264, the needle is where the sidecar says it is."""
 
 import json
-import logging
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +8,6 @@ import pytest
 
 from flexselect.core.errors import OptionError, VideoError
 from flexselect.testbed import videos
-from flexselect.testbed.make import main, make_videos
 from flexselect.testbed.questions import TASKS, compose, describe
 from flexselect.testbed.scenes import CELL, SIZES
 
@@ -90,51 +86,6 @@ def test_cells_seen_follow_sampling_and_temporal_patches(tmp_path):
     assert question.cells_seen([0, 3]).shape == (0, 3)
 
 
-def test_the_command_resumes_and_refuses_a_folder_of_other_videos(tmp_path, caplog):
-    command = ["--split", "train", "--frames", "8", "--out", str(tmp_path)]
-    assert main([*command, "--count", "2"]) == 0
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("train-*")}
-    (tmp_path / "train-0008-00001.json").unlink()
-    assert main([*command, "--count", "3"]) == 0
-    after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("train-*")}
-    assert len(after) == 6
-    kept = [path for path in before if path.stem.endswith("0")]
-    assert kept
-    assert all(before[path] == after[path] for path in kept)
-    rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
-    assert [row["task"] for row in rows] == ["number", "colour", "shape"]
-    assert not list(tmp_path.glob("*.partial"))
-    assert not list(tmp_path.glob(".*"))
-    with caplog.at_level(logging.ERROR):
-        assert main([*command, "--count", "1", "--tasks", "order"]) == 2
-    assert "tasks differ" in caplog.text
-
-
-def test_the_command_runs_as_a_module_and_reports_failure_by_its_exit_code(tmp_path):
-    command = [sys.executable, "-m", "flexselect.testbed.make", "--split", "test"]
-    command += ["--count", "1", "--out", str(tmp_path), "--frames"]
-    good, bad = (
-        subprocess.run([*command, frames], capture_output=True, text=True, check=False)
-        for frames in ("8", "7")
-    )
-    assert good.returncode == 0, good.stderr
-    assert "1 videos with 1 questions" in good.stderr
-    assert bad.returncode == 2
-    assert "frames=7" in bad.stderr
-    assert "Traceback" not in bad.stderr
-    assert len(videos.decode_video(tmp_path / "test-0008-00000.mp4")) == 8
-
-
-def test_questions_are_dealt_in_turn(tmp_path):
-    made = make_videos(
-        tmp_path, split="test", frames=16, count=2, tasks=["number", "order"], questions=3
-    )
-    assert [[q.task for q in video.questions] for video in made] == [
-        ["number", "order", "number"],
-        ["order", "number", "order"],
-    ]
-
-
 def test_bad_options_and_damaged_files_are_named(tmp_path):
     with pytest.raises(OptionError, match="multiple of hold"):
         videos.make_needle_video(
@@ -142,9 +93,13 @@ def test_bad_options_and_damaged_files_are_named(tmp_path):
         )
     with pytest.raises(VideoError, match="no needle video"):
         videos.read_sidecar(tmp_path / "absent.mp4")
-    (tmp_path / "bad.json").write_text('{"format": 1}')
-    with pytest.raises(VideoError, match="not a needle video's sidecar"):
-        videos.read_sidecar(tmp_path / "bad.mp4")
+    for content in (b'{"format": 1}', b"{", b"\xff\xfe\xfa"):
+        (tmp_path / "bad.json").write_bytes(content)
+        with pytest.raises(VideoError, match=r"bad\.json is not a needle .* make the video again"):
+            videos.read_sidecar(tmp_path / "bad.mp4")
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(VideoError, match=r"folder\.json cannot be read \(Is a directory"):
+        videos.read_sidecar(tmp_path / "folder.mp4")
     (tmp_path / "bad.mp4").write_bytes(b"no video at all")
     with pytest.raises(VideoError, match=r"bad\.mp4"):
         videos.decode_video(tmp_path / "bad.mp4")
@@ -152,3 +107,26 @@ def test_bad_options_and_damaged_files_are_named(tmp_path):
         videos.encode_video([])
     with pytest.raises(OptionError, match="even"):
         videos.encode_video([np.zeros((55, 56, 3), np.uint8)])
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        videos.replace_file(tmp_path / "folder", b"content")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_empty_video_is_made_again_and_a_folder_in_its_place_is_named(tmp_path):
+    path = tmp_path / "v.mp4"
+    made = videos.make_needle_video(path, split="test", index=0, frames=8, tasks=["number"])
+    content = path.read_bytes()
+    path.write_bytes(b"")
+    assert not videos.is_complete(path)
+    assert videos.make_needle_video(path, split="test", index=0, frames=8, tasks=["number"]) == made
+    assert path.read_bytes() == content
+    for file in (path, path.with_suffix(".json")):
+        file.unlink()
+        file.mkdir()
+        with pytest.raises(OptionError, match=f"{file.name} is a folder.* delete this one"):
+            videos.make_needle_video(path, split="test", index=0, frames=8, tasks=["number"])
+        file.rmdir()
