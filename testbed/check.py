@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..core.errors import OptionError
 from .models import CELLS, Family
 from .questions import CHANCE, TASKS, Question, compose, split_seed
 from .videos import FPS, HOLD, decode_video, draw_plot, encode_video
@@ -73,21 +74,31 @@ def check_clips(
     tasks : sequence of str
         One question of each task is asked of every video.
     control : str, optional
-        "shuffled" asks each video what was meant for the next; "blind" shows no video.
+        "shuffled" asks each video what was meant for another; "blind" shows no video.
 
     Returns
     -------
     Score
         Counted over the first token of each answer, taken greedily.
+
+    Raises
+    ------
+    OptionError
+        If ``count`` is below one, or the split or a task is unknown.
     """
-    plots = [compose(split_seed(split, index), frames // HOLD, tasks) for index in range(count)]
+    if count < 1:
+        raise OptionError(f"count={count}: there must be at least one video to ask about.")
+    # At least two, so that "shuffled" never asks a single video its own question.
+    plots = [
+        compose(split_seed(split, index), frames // HOLD, tasks) for index in range(max(count, 2))
+    ]
     right: dict[str, int] = defaultdict(int)
     asked: dict[str, int] = defaultdict(int)
-    for index, plot in enumerate(plots):
+    for index, plot in enumerate(plots[:count]):
         pictures = None
         if control != "blind":
             pictures = decode_video(encode_video(draw_plot(plot)))
-        source = plots[(index + 1) % count] if control == "shuffled" else plot
+        source = plots[(index + 1) % len(plots)] if control == "shuffled" else plot
         for question in source.questions:
             asked[question.task] += 1
             right[question.task] += answer(family, model, pictures, question) == question.answer

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from flexselect.core.errors import OptionError
 from flexselect.testbed import check
 from flexselect.testbed.models import family_of
 from flexselect.testbed.questions import CHANCE, RETRIEVAL, TASKS, compose, split_seed
@@ -36,6 +37,21 @@ def test_a_reader_of_videos_scores_all_and_the_controls_take_it_away(reader):
     assert score("blind").accuracy() < 0.2
     assert score("shuffled").accuracy() < 0.2
     assert score("shuffled").asked == score(None).asked == dict.fromkeys(TASKS, 6)
+
+
+def test_a_single_video_is_not_asked_its_own_question_as_a_control(reader):
+    def score(control):
+        return check.check_clips(None, None, split="test", count=1, control=control)
+
+    assert score(None).accuracy() == 1
+    assert score("shuffled").accuracy() == 0
+    assert score("shuffled").asked == score(None).asked == dict.fromkeys(TASKS, 1)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_videos_have_no_score(count):
+    with pytest.raises(OptionError, match=f"count={count}: there must be at least one video"):
+        check.check_clips(None, None, split="test", count=count)
 
 
 def test_scores_are_shares_of_the_questions_asked():
