@@ -1,5 +1,7 @@
 """Training clips: what is asked of them has one answer, also after pruning."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexselect.testbed.clips import Pool, ask, drill, film_scenes, pruned_clip, whole_clip
-from flexselect.testbed.questions import TASKS
+from flexselect.testbed.questions import TASKS, shared
 from flexselect.testbed.scenes import COLOURS, DIGITS, EMPTY, SHAPES, random_cells
 
 SLOTS = {  # ranked, and the slots of the cells: Qwen2.5-VL, InternVL, LLaVA-Video
@@ -155,20 +157,27 @@ def test_every_task_is_asked_and_counts_are_not_all_one():
     assert counts["2"] + counts["3"] + counts["4"] > counts["1"] / 2
 
 
-def test_pruning_prefers_marks_that_resemble_each_other():
-    def colours(pruned):
-        kinds = []
-        for seed in range(60):
-            pool, clip, _, cell_slots, _ = draw("bare", 1, pruned, seed)
-            kinds.append(len({mark[0] for mark in visible(pool, clip, cell_slots).values()}))
-        return np.mean(kinds)
+@pytest.mark.parametrize("looks", [1, 2])
+def test_pruning_prefers_marks_that_resemble_each_other(looks):
+    """More than chance would: the control is every mark of the frames that are left."""
+    ranked, cell_slots = SLOTS["bare"]
+    pool = POOLS[looks]
 
-    empty = 0
-    for seed in range(60):
-        pool, clip, _, cell_slots, _ = draw("bare", 1, True, seed)
-        empty += 24 - len(visible(pool, clip, cell_slots))
-    assert empty / (60 * 24) < 0.2 < 0.4
-    assert colours(True) < colours(False) + 0.5
+    def resemblance(marks):
+        return np.mean([shared(*pair) for pair in combinations(marks.tolist(), 2)])
+
+    kept, offered, kept_empty, offered_empty = [], [], [], []
+    for seed in range(100):
+        rng = np.random.RandomState(seed)
+        clip = pruned_clip(pool, rng, tokens=12, frames=12, ranked=ranked, cell_slots=cell_slots)
+        marks = pool.marks[clip.scenes]
+        empty = marks[..., 0] == EMPTY
+        kept.append(resemblance(marks[clip.kept & ~empty]))
+        offered.append(resemblance(marks[~empty]))
+        kept_empty.append(empty[clip.kept].mean())
+        offered_empty.append(empty.mean())
+    assert np.mean(kept) > 1.15 * np.mean(offered)
+    assert np.mean(kept_empty) < 0.5 * np.mean(offered_empty)
 
 
 def test_filmed_scenes_pair_up_and_some_pairs_are_mixed():
