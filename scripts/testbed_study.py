@@ -42,7 +42,6 @@ from flexselect.inference.methods import FlexSelect, Full, Method, Random, Unifo
 from flexselect.scripts.testbed_tables import write_report
 from flexselect.testbed.locate import FAMILIES, checkpoint_folder, selector_folder
 from flexselect.testbed.models import family_of
-from flexselect.testbed.needles import needle_mask
 from flexselect.testbed.questions import RETRIEVAL, TASKS
 from flexselect.testbed.videos import (
     FPS,
@@ -52,6 +51,7 @@ from flexselect.testbed.videos import (
     make_needle_video,
     replace_file,
 )
+from flexselect.visualization.needles import needle_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -325,7 +325,7 @@ class Study:
         tally.kept += len(selection.kept)
         if cell.control is not None:
             return
-        needle = needle_mask(self.family, question, range(cell.clips.frames))
+        needle = needle_tokens(video, question)
         tally.kept_needle += float(needle[selection.kept].sum() / needle.sum())
         if selection.scores is not None:
             tally.recall += recall_at_k(selection.scores, needle, len(selection.kept))
