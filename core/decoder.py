@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,21 +117,21 @@ def layer_states(
 @contextmanager
 def listening(
     decoder: Any,
-    layer: int,
+    layers: Collection[int],
     tokens: int,
     query_rows: Tensor,
     heard: Callable[[LayerStates], object],
 ) -> Iterator[None]:
-    """Take the states of a layer out of the next pass that the model makes by itself.
+    """Take the states of layers out of the next pass that the model makes by itself.
 
-    The pass computes what it would without a listener, and nothing is run twice but the layer's
-    norm and its query and key projections. The listener is gone once it heard a pass, and when this
-    is left, also by an error.
+    The pass computes what it would without a listener, and nothing is run twice but the layers'
+    norms and their query and key projections. The listener is gone from a layer once it heard a
+    pass there, and from all when this is left, also by an error.
 
     Parameters
     ----------
-    decoder : the text model. A hook of its layer is held meanwhile.
-    layer : the layer to listen at, 0-based.
+    decoder : the text model. A hook of each of the layers is held meanwhile.
+    layers : the layers to listen at, 0-based.
     tokens : length of the pass that is meant, without padding. Another one, such as that of a
         single new token or of a chunk of the prompt, is not heard; nor is one of another thread,
         which may be answering from the same model, nor one that is being compiled.
@@ -138,26 +139,38 @@ def listening(
     heard : called with the states of the first row of the batch, while the layer waits: what it
         does not keep of them is let go of. Beams repeat the prompt, so the other rows are the same.
     """
-    block, thread = decoder.layers[layer], threading.get_ident()
+    thread = threading.get_ident()
+    handles: dict[int, Any] = {}
 
-    def hear(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+    def hear(
+        layer: int, block: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         # Without keywords torch calls a hook that left, in its own thread, while another one ran.
         if torch.compiler.is_compiling() or threading.get_ident() != thread or kwargs is None:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
         if hidden.shape[1] != tokens:
             return
-        handle.remove()
+        handles[layer].remove()
         hidden = _follow(hidden[:1], block)
         cos, sin = kwargs["position_embeddings"]
         query, key = _query_and_key(block, hidden, (cos[:1], sin[:1]), query_rows)
         heard(LayerStates(layer, hidden, query, key))
 
-    handle = block.register_forward_pre_hook(hear, with_kwargs=True)
     try:
+        for layer in layers:
+            block = decoder.layers[layer]
+            handles[layer] = block.register_forward_pre_hook(partial(hear, layer), with_kwargs=True)
         yield
     finally:
-        handle.remove()
+        for handle in handles.values():
+            handle.remove()
+
+
+def full_layers(decoder: Any) -> list[int]:
+    """List the layers that attend to everything before a token, not to a sliding window."""
+    kinds = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
+    return [layer for layer, kind in enumerate(kinds) if kind != "sliding_attention"]
 
 
 def slides_below(decoder: Any, layer: int) -> bool:

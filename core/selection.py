@@ -109,12 +109,13 @@ class Selection:
     scores : float32 ``(visual,)`` relevance, or None for a method that does not score.
     settings : what decided the result: method, its knobs, model, layer, versions.
     durations : seconds of each video; empty where only its frames' times are known.
-    reading : float32 ``(kept,)``, relevance of every kept token where the model read all of them
-        together, in the pass that it answered by; None where nobody listened to that. ``scores``
-        are of sets of frames: a softmax over each, so they order the tokens of a set, but some
-        token of a set in which nothing fits the question gets a high share too. Here all kept
-        tokens share one softmax, and compare. `Chat.ask` and `Video.ask` listen, whatever the
-        method; an applied model's ``generate`` does not.
+    reading : float32 ``(kept,)``, attention that every kept token got where the model read all of
+        them together, in the pass that it answered by: from the prompt's last token, the mean over
+        heads and layers; None where nobody listened to that. ``scores`` are of sets of frames: a
+        softmax over each, so they order the tokens of a set, but some token of a set in which
+        nothing fits the question gets a high share too. Here all kept tokens share one softmax, and
+        compare. `Chat.ask` and `Video.ask` listen, whatever the method; an applied model's
+        ``generate`` does not.
     """
 
     kept: Tensor

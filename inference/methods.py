@@ -91,14 +91,6 @@ class Method(ABC):
         """The Lite selector that features must be encoded for, if the method has one."""
         return None
 
-    @property
-    def reading_knobs(self) -> dict[str, Any]:
-        """Those of ``layer``, ``query`` and ``aggregation`` that are not the model's preset's.
-
-        By them relevance is read off the model while it answers; see `inference.reading`.
-        """
-        return {}
-
     def record(self) -> dict[str, Any]:
         """Return the knobs, as they go into run records."""
         return {"method": self.name, **dataclasses.asdict(self)}
@@ -287,13 +279,6 @@ class FlexSelect(Budgeted):
     def encodes_for(self) -> Any | None:
         """The Lite selector."""
         return self.selector
-
-    @property
-    def reading_knobs(self) -> dict[str, Any]:
-        """The method's own; those of a selector say nothing of the model."""
-        if self.selector is not None:
-            return {}
-        return {"layer": self.layer, "query": self.query, "aggregation": self.aggregation}
 
     def record(self) -> dict[str, Any]:
         """Name the selector by where it came from."""

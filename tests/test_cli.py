@@ -167,7 +167,7 @@ def test_without_moments_it_says_so(
     folder: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
 ) -> None:
     """As where sliding windows leave no layer to listen to."""
-    monkeypatch.setattr(reading, "reading_knobs", lambda _: None)
+    monkeypatch.setattr(reading, "full_layers", lambda _: [])
     result = ask(folder, *options)
     assert result.exit_code == 0
     assert said in plain(result.stdout)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from flexselect import FlexSelect, Full, Uniform
 from flexselect.core.decoder import LayerStates, listening
-from flexselect.core.relevance import relevance
 from flexselect.inference.engine import Engine, kept_rows
 from flexselect.inference.features import Encoded
 from flexselect.inference.reading import Reading, hearing
@@ -51,7 +49,7 @@ def hooks(model: Any) -> int:
 @contextmanager
 def states_heard(engine: Engine, tokens: int, rows: Tensor) -> Iterator[list[LayerStates]]:
     heard: list[LayerStates] = []
-    with listening(engine.architecture.decoder, LAYER, tokens, rows, heard.append):
+    with listening(engine.architecture.decoder, [LAYER], tokens, rows, heard.append):
         yield heard
 
 
@@ -84,27 +82,42 @@ def test_states_heard_are_those_of_a_walk_of_their_own(
     torch.testing.assert_close(states.key, key, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("aggregation", ["max", "mean"])
-@pytest.mark.parametrize("query", ["all", "last"])
-def test_the_reading_is_what_the_question_looks_at(
-    family: Family, model: Any, query: Any, aggregation: Any
+def lite(family: Family, model: Any) -> FlexSelect:
+    selector = family.selector(model)
+    return FlexSelect(budget=24, selector=selector, layer=0, query="last", frames_per_set=3)
+
+
+METHODS: dict[str, Callable[[Family, Any], Any]] = {
+    "training-free": lambda *_: FlexSelect(**knobs(24)),
+    "lite": lite,
+    "full": lambda *_: Full(),
+    "uniform": lambda *_: Uniform(budget=48),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_reading_is_how_the_last_token_looks_at_what_was_kept(
+    family: Family, model: Any, name: str
 ) -> None:
-    how = {"query": query, "aggregation": aggregation}
-    engine, encoded, selection = engine_of(family, model, FlexSelect(**knobs(24, **how)))
+    """The stock attention weights, over all layers and heads, whatever the method."""
+    engine, encoded, selection = engine_of(family, model, METHODS[name](family, model))
     silent = generate(engine, encoded, selection)
     with hearing(engine, encoded.prompt, selection) as reading:
         assert torch.equal(generate(engine, encoded, selection), silent)
     found = reading.added_to(selection)
     assert selection.reading is None
-    assert found.settings["reading"] == {"layer": LAYER, **how}
-    layout = encoded.prompt.layout.take(kept_rows(encoded.prompt, selection.kept))
-    columns, asking = (mask.nonzero()[:, 0] for mask in (layout.visual, layout.query))
-    asking = asking[-1:] if query == "last" else asking
-    states, key = states_of(engine, encoded, selection, asking)
-    expected = relevance(states, key, asking, columns, aggregation=aggregation)[0]
+    visual = encoded.prompt.layout.take(kept_rows(encoded.prompt, selection.kept)).visual
+    model.set_attn_implementation("eager")
+    prefill = engine.prefill([engine.gather(encoded, selection)])
+    with torch.no_grad(), engine.architecture.reading(prefill) as inputs:
+        weights = torch.stack(model(**inputs, output_attentions=True).attentions)
+    assert weights.shape[0] == engine.architecture.num_layers
     assert found.reading is not None
     assert found.reading.dtype == torch.float32
-    torch.testing.assert_close(found.reading, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        found.reading, weights[:, 0, :, -1].mean((0, 1))[visual], rtol=1e-4, atol=1e-6
+    )
+    assert found.moments()
 
 
 def test_offloaded_weights_are_heard(family: Family, model: Any) -> None:
@@ -120,36 +133,6 @@ def test_offloaded_weights_are_heard(family: Family, model: Any) -> None:
     assert whole is not None
     assert elsewhere is not None
     assert torch.equal(whole, elsewhere)
-
-
-@pytest.mark.parametrize("method", [Full(), Uniform(budget=48)], ids=lambda method: method.name)
-def test_a_method_that_ranks_nothing_is_heard_as_the_preset_says(
-    family: Family, model: Any, method: Any
-) -> None:
-    engine, encoded, selection = engine_of(family, model, method)
-    with hearing(engine, encoded.prompt, selection) as reading:
-        generate(engine, encoded, selection)
-    found = reading.added_to(selection)
-    preset = engine.preset.method
-    assert found.settings["reading"] == {
-        name: preset[name] for name in ("layer", "query", "aggregation")
-    }
-    assert found.reading is not None
-    assert found.reading.shape == found.kept.shape
-    assert found.moments()
-    assert selection.moments() == []
-
-
-def test_a_lite_selector_is_not_the_model(family: Family, model: Any) -> None:
-    """Layer 0 and the last token are the selector's."""
-    selector = family.selector(model)
-    method = FlexSelect(budget=24, selector=selector, layer=0, query="last", frames_per_set=3)
-    engine, encoded, selection = engine_of(family, model, method)
-    with hearing(engine, encoded.prompt, selection) as reading:
-        generate(engine, encoded, selection)
-    how, layer = reading.added_to(selection).settings["reading"], engine.preset.method["layer"]
-    assert how == {"layer": layer, "query": "all", "aggregation": "max"}
-    assert layer > 0
 
 
 def failing(*_: Any) -> Tensor:
@@ -169,13 +152,13 @@ def test_what_is_not_heard_is_left_out(family: Family, model: Any, name: str) ->
     with hearing(engine, encoded.prompt, selection) as reading:
         OTHERWISE[name](engine, encoded, selection)
     assert hooks(model) == before
-    assert reading.relevance is None
+    assert reading.heard == 0
     assert reading.added_to(selection) is selection
 
 
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_an_error_leaves_no_hook(family: Family, model: Any, where: str) -> None:
-    """Before or after the layer that is listened to has run."""
+    """Before any layer was heard, or after some: a part of a reading is none."""
     engine, encoded, selection = engine_of(family, model, FlexSelect(**knobs(24)))
     before = hooks(model)
     layer = engine.architecture.decoder.layers[0 if where == "before" else LAYER + 1]
@@ -184,22 +167,13 @@ def test_an_error_leaves_no_hook(family: Family, model: Any, where: str) -> None
         generate(engine, encoded, selection)
     handle.remove()
     assert hooks(model) == before
-    assert (reading.relevance is None) == (where == "before")
+    assert reading.heard == (0 if where == "before" else LAYER + 1)
+    assert reading.added_to(selection) is selection
 
 
 def test_relevance_that_overflowed_says_nothing(family: Family, model: Any) -> None:
     _, _, selection = engine_of(family, model, FlexSelect(**knobs(24)))
     values = torch.zeros(len(selection.kept))
-    assert Reading({"layer": LAYER}, values).added_to(selection).reading is not None
+    assert Reading(1, 1, values).added_to(selection).reading is not None
     values[3] = torch.nan
-    assert Reading({"layer": LAYER}, values).added_to(selection) is selection
-
-
-def test_a_preset_whose_layer_is_not_there(family: Family, model: Any) -> None:
-    engine, encoded, selection = engine_of(family, model, Full())
-    layers = engine.architecture.num_layers
-    for layer in (layers - 1, layers):
-        engine.preset = replace(engine.preset, method={**engine.preset.method, "layer": layer})
-        with hearing(engine, encoded.prompt, selection) as reading:
-            generate(engine, encoded, selection)
-        assert (reading.relevance is None) == (layer == layers)
+    assert Reading(1, 1, values).added_to(selection) is selection

@@ -17,6 +17,8 @@ from flexselect.core.decoder import (
     check_layer,
     device_of,
     forget_length,
+    full_layers,
+    layer_states,
     listening,
     reference_states,
     weight_of,
@@ -160,7 +162,7 @@ def test_states_heard_are_those_of_a_walk(name: str, layer: int, attention: str)
     positions = torch.stack([torch.arange(9) * step + 5 for step in (3, 1, 2)])
     silent = run(decoder, embeds, positions)
     heard: list[LayerStates] = []
-    with listening(decoder, layer, 9, rows, heard.append):
+    with listening(decoder, [layer], 9, rows, heard.append):
         assert torch.equal(run(decoder, embeds, positions), silent)
         run(decoder, embeds * 2, positions)
     [states] = heard
@@ -176,7 +178,7 @@ def test_states_given_by_name_are_heard() -> None:
     embeds, rows = drawn(1, 5), torch.tensor([4])
     cos_sin = decoder.rotary_emb(embeds, torch.arange(5)[None])
     heard: list[LayerStates] = []
-    with listening(decoder, 1, 5, rows, heard.append), torch.no_grad():
+    with listening(decoder, [1], 5, rows, heard.append), torch.no_grad():
         decoder.layers[1](hidden_states=embeds, attention_mask=None, position_embeddings=cos_sin)
     assert torch.equal(heard[0].hidden, embeds)
 
@@ -185,7 +187,7 @@ def test_the_first_pass_of_the_length_is_heard_and_no_other() -> None:
     decoder = build("qwen2")
     heard: list[LayerStates] = []
     rows = torch.tensor([0])
-    with listening(decoder, 0, 5, rows, heard.append):
+    with listening(decoder, [0], 5, rows, heard.append):
         for tokens in (1, 4, 6):
             run(decoder, drawn(1, tokens))
         assert heard == []
@@ -196,10 +198,32 @@ def test_the_first_pass_of_the_length_is_heard_and_no_other() -> None:
     assert torch.equal(states.hidden, drawn(1, 5))
 
 
+def test_several_layers_are_heard_on_one_pass() -> None:
+    decoder, embeds, rows = build("qwen2"), drawn(1, 5), torch.tensor([4])
+    heard: list[LayerStates] = []
+    with listening(decoder, (2, 0), 5, rows, heard.append):
+        run(decoder, embeds)
+        assert not any(layer._forward_pre_hooks for layer in decoder.layers)
+    assert [states.layer for states in heard] == [0, 2]
+    with torch.no_grad():
+        walk = layer_states(decoder, embeds, torch.arange(5)[None], (0, 2), rows)
+        for states, expected in zip(heard, walk, strict=True):
+            torch.testing.assert_close(states.key, expected.key, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_of_full_attention_are_told_from_sliding_ones() -> None:
+    decoder = build("qwen2")
+    assert full_layers(decoder) == [0, 1, 2]
+    decoder.config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    assert full_layers(decoder) == [0, 2]
+    decoder.config.layer_types = None
+    assert full_layers(decoder) == [0, 1, 2]
+
+
 def test_a_pass_of_another_thread_is_not_heard() -> None:
     decoder = build("qwen2")
     heard: list[LayerStates] = []
-    with listening(decoder, 0, 5, torch.tensor([4]), heard.append):
+    with listening(decoder, [0], 5, torch.tensor([4]), heard.append):
         other = threading.Thread(target=run, args=(decoder, 2 * drawn(1, 5)))
         other.start()
         other.join()
@@ -215,7 +239,7 @@ def test_a_listener_of_another_thread_may_leave_during_a_pass() -> None:
     heard: list[LayerStates] = []
 
     def listen() -> None:
-        with listening(decoder, 0, 5, rows, heard.append):
+        with listening(decoder, [0], 5, rows, heard.append):
             there.set()
             leave.wait()
 
@@ -226,7 +250,7 @@ def test_a_listener_of_another_thread_may_leave_during_a_pass() -> None:
         leave.set()
         other.join()
 
-    with listening(decoder, 0, 5, rows, hear):
+    with listening(decoder, [0], 5, rows, hear):
         other.start()
         there.wait()
         run(decoder, drawn(1, 5))
@@ -243,7 +267,7 @@ def test_a_pass_that_is_compiled_whole_is_not_heard() -> None:
     heard: list[LayerStates] = []
     with torch.no_grad():
         expected = decoder.layers[0](embeds, attention_mask=None, position_embeddings=cos_sin)
-        with listening(decoder, 0, 5, torch.tensor([4]), heard.append):
+        with listening(decoder, [0], 5, torch.tensor([4]), heard.append):
             out = layer(embeds, attention_mask=None, position_embeddings=cos_sin)
     torch.testing.assert_close(out, expected)
     assert heard == []
@@ -255,10 +279,10 @@ def test_a_listener_is_gone_after_an_error() -> None:
     def fail(_: LayerStates) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), listening(decoder, 1, 5, torch.tensor([4]), fail):
+    with pytest.raises(KeyboardInterrupt), listening(decoder, [1], 5, torch.tensor([4]), fail):
         run(decoder, drawn(1, 5))
     assert not decoder.layers[1]._forward_pre_hooks
-    with pytest.raises(ZeroDivisionError), listening(decoder, 1, 5, torch.tensor([4]), fail):
+    with pytest.raises(ZeroDivisionError), listening(decoder, [1], 5, torch.tensor([4]), fail):
         raise ZeroDivisionError
     assert not decoder.layers[1]._forward_pre_hooks
 

@@ -96,7 +96,6 @@ def test_the_record_says_what_decided_the_answer(opened: flexselect.Video, clip:
         "sampling": {"fps": RATE, "min_frames": 4, "max_frames": 1024, **SIZE},
         "backend": "pyav",
         "question": QUESTION,
-        "reading": {"layer": KNOBS["layer"], "query": "all", "aggregation": "max"},
     }
 
 
