@@ -168,10 +168,13 @@ PROOFS: dict[str, Run | By] = {
         "tests/testbed/test_train.py::test_a_miniature_learns_to_read_videos_from_scratch"
     ),
     "python -m flexselect.scripts.testbed_study --part knobs": by(
-        STUDY + "test_a_stopped_study_goes_on_and_counts_every_video_once"
+        STUDY + "test_the_command_looks_at_layers_and_knobs_of_validation_videos"
     ),
     "python -m flexselect.scripts.testbed_study --part table": by(
         STUDY + "test_a_stopped_study_goes_on_and_counts_every_video_once"
+    ),
+    "python -m flexselect.scripts.testbed_study --part table --family internvl --model FOLDER": by(
+        STUDY + "test_a_checkpoint_of_another_seed_is_listed_by_it_and_has_no_lite"
     ),
     "python -m flexselect.scripts.testbed_study --report docs/testbed.md": by(
         STUDY + "test_the_command_writes_the_report_of_what_is_there"
