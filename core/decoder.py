@@ -94,7 +94,7 @@ def layer_states(
     next one's are made.
     """
     wanted, highest = set(layers), max(layers)
-    if slides_below(decoder, highest):
+    if not set(range(highest + 1)) <= set(full_layers(decoder)):
         raise UnsupportedModelError(
             "This model uses sliding-window attention below its reference layer; relevance is "
             "defined over full attention. Set use_sliding_window to false in its config."
@@ -171,12 +171,6 @@ def full_layers(decoder: Any) -> list[int]:
     """List the layers that attend to everything before a token, not to a sliding window."""
     kinds = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
     return [layer for layer, kind in enumerate(kinds) if kind != "sliding_attention"]
-
-
-def slides_below(decoder: Any, layer: int) -> bool:
-    """Whether any layer up to ``layer`` attends only to a sliding window."""
-    kinds = getattr(decoder.config, "layer_types", None) or []
-    return "sliding_attention" in kinds[: layer + 1]
 
 
 def _query_and_key(

@@ -156,8 +156,8 @@ def default_recipe(family: Family) -> Recipe:
     """Return the recipe of the committed checkpoints."""
     # Looking marks up takes M-RoPE longer to get right than plain positions, and the coarser
     # tokens of SigLIP, whose patches LLaVA-Video projects before pooling them, longest of all.
-    # From drills straight to questions is too far a step for these: of two runs one stayed at
-    # chance for all of 900 steps.
+    # From drills straight to questions is too far a step for these: of two runs one sat at chance
+    # for 300 steps and one for 700, until it was stopped.
     questions = {"qwen2_5_vl": 600, "internvl": 350, "llava_video": 450}[family.name]
     bridge = [_bridge(family, 200)] if family.name == "llava_video" else []
     drills = 400 if family.name == "llava_video" else 250

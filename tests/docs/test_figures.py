@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import zlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,9 @@ from transformers import Qwen2Config
 
 from flexselect.scripts.bench_flops import prefill_flops, score_flops
 from flexselect.scripts.bench_report import first_token, from_frames
+from flexselect.scripts.testbed_study import read_results
+from flexselect.scripts.testbed_tables import write_report
+from flexselect.testbed.locate import FAMILIES, checkpoint_folder, selector_folder
 from flexselect.tests.paths import ROOT
 
 RESULTS = ROOT / "docs" / "testbed.json"
@@ -32,6 +38,46 @@ def test_the_readmes_figures_are_the_studys() -> None:
         measured = cell["right"] / cell["asked"]
         # More questions may have been asked since; then the last digit may differ.
         assert abs(float(share) - measured) < 0.02, f"{method}: {measured:.2f} in docs/testbed.json"
+
+
+def test_the_testbeds_tables_are_those_of_its_results(tmp_path: Path) -> None:
+    page = tmp_path / "testbed.md"
+    shutil.copyfile(ROOT / "docs" / "testbed.md", page)
+    write_report(read_results(RESULTS), page)
+    assert page.read_text() == (ROOT / "docs" / "testbed.md").read_text()
+
+
+def test_the_testbeds_results_are_of_the_committed_models_and_of_enough_questions() -> None:
+    for family, cells in read_results(RESULTS).items():
+        if family not in FAMILIES:
+            continue
+        checkpoint, selector = (
+            f"{zlib.crc32((find(family) / 'model.safetensors').read_bytes()):08x}"
+            for find in (checkpoint_folder, selector_folder)
+        )
+        assert cells
+        for key, cell in cells.items():
+            assert cell["knobs"]["checkpoint"] == checkpoint, key
+            assert cell["knobs"]["selector"] in (None, selector), key
+            assert cell["asked"] >= 200 or "2048" in key, key
+
+
+def test_training_says_what_the_selectors_records_say() -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
+    for family in FAMILIES:
+        record = json.loads((selector_folder(family) / "summary.json").read_text())
+        found = record["comparison"]
+        shares = [record["spearman"], record["recall_at_k"]]
+        answers = [found[k] for k in ("lite", "training_free", "lite_recall")]
+        answers.append(found["training_free_recall"])
+        cells = [
+            f"{found['kept_tokens']} of {found['visual_tokens']:,}",
+            f"{record['steps']:,}",
+            f"{shares[0]:.3f}".lstrip("0"),
+            f"{shares[1]:.2f}".lstrip("0"),
+            *(f"{share:.3f}".lstrip("0") for share in answers),
+        ]
+        assert f"| {family} | {' | '.join(cells)} |" in page
 
 
 def performance(heading: str) -> tuple[str, dict[str, list[str]]]:

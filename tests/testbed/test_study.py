@@ -8,8 +8,10 @@ import pytest
 from flexselect.core.errors import CheckpointError, OptionError
 from flexselect.core.selection import Moment
 from flexselect.inference.methods import FlexSelect, Full, Random
+from flexselect.scripts import testbed_cells as cells_module
 from flexselect.scripts import testbed_study as study_module
-from flexselect.scripts.testbed_study import Cell, Clips, Study, layer_cells, table_cells
+from flexselect.scripts.testbed_cells import Cell, Clips, layer_cells, table_cells
+from flexselect.scripts.testbed_study import Study
 from flexselect.scripts.testbed_tables import difference, interval, write_report
 from flexselect.testbed.locate import checkpoint_folder
 from flexselect.testbed.questions import RETRIEVAL
@@ -134,7 +136,7 @@ def test_processes_that_measure_side_by_side_lose_nothing(tmp_path):
 
 
 def test_the_command_looks_at_layers_and_knobs_of_validation_videos(tmp_path, monkeypatch):
-    monkeypatch.setattr(study_module, "LENGTHS", (32,))
+    monkeypatch.setattr(cells_module, "LENGTHS", (32,))
     results, page = tmp_path / "results.json", tmp_path / "page.md"
     arguments = ["--part", "knobs", "--family", "qwen2_5_vl", "--count", "1"]
     arguments += ["--results", str(results), "--videos", str(tmp_path / "videos")]

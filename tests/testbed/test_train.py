@@ -226,7 +226,7 @@ def test_what_is_no_checkpoint_is_not_replaced(tmp_path, monkeypatch, caplog):
     assert "is no checkpoint" in caplog.text
     assert (mine / "thesis.txt").read_text() == "all of it"
     with pytest.raises(SystemExit):
-        command(monkeypatch, tmp_path, "--check", "1")
+        command(monkeypatch, tmp_path, "--check", "0")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
