@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from .decoder import LayerStates, layer_states
+from .decoder import LayerStates, layer_states, listening
 from .errors import PromptError, UnsupportedModelError
 from .layout import Clip, Grid, Prompt
 
@@ -191,6 +191,20 @@ class Architecture(ABC):
         The walk is `core.decoder.layer_states`.
         """
         return layer_states(self.decoder, embeds, positions, layers, query_rows)
+
+    def listening(
+        self,
+        layers: Collection[int],
+        tokens: int,
+        query_rows: Tensor,
+        heard: Callable[[LayerStates], object],
+    ) -> AbstractContextManager[None]:
+        """Hear the states of layers in the next pass; a family that overrides `states` adapts this.
+
+        By `core.decoder.listening`. A family that cannot listen returns ``nullcontext()``: its
+        answers are the same, their moments are ranked by the scores of the sets.
+        """
+        return listening(self.decoder, layers, tokens, query_rows, heard)
 
     def grid(self, clip: Clip) -> Grid:
         """Return which part of its picture each visual token of a frame of ``clip`` shows."""

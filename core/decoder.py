@@ -134,7 +134,8 @@ def listening(
     layers : the layers to listen at, 0-based.
     tokens : length of the pass that is meant, without padding. Another one, such as that of a
         single new token or of a chunk of the prompt, is not heard; nor is one of another thread,
-        which may be answering from the same model, nor one that is being compiled.
+        which may be answering from the same model, nor one of layers that are compiled: those run
+        without their hooks.
     query_rows : int64 ``(text,)``, tokens whose query states are wanted.
     heard : called with the states of the first row of the batch, while the layer waits: what it
         does not keep of them is let go of. Beams repeat the prompt, so the other rows are the same.
@@ -145,7 +146,8 @@ def listening(
     def hear(
         layer: int, block: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
     ) -> None:
-        # Without keywords torch calls a hook that left, in its own thread, while another one ran.
+        # Keywords are missing where this was taken away, in its own thread, while another thread
+        # was calling the layer's hooks: not a pass that is meant.
         if torch.compiler.is_compiling() or threading.get_ident() != thread or kwargs is None:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -169,8 +171,10 @@ def listening(
 
 def full_layers(decoder: Any) -> list[int]:
     """List the layers that attend to everything before a token, not to a sliding window."""
-    kinds = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
-    return [layer for layer, kind in enumerate(kinds) if kind != "sliding_attention"]
+    kinds = getattr(decoder.config, "layer_types", None) or []
+    sliding = {layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"}
+    # The config of a model whose depth was changed may name more layers than there are, or fewer.
+    return [layer for layer in range(len(decoder.layers)) if layer not in sliding]
 
 
 def _query_and_key(

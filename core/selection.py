@@ -81,7 +81,8 @@ class Moment:
     Attributes
     ----------
     start, end : seconds from the beginning of the video.
-    score : relevance of its best visual token, as `Selection.moments` ranks by it.
+    score : what its best frame counts by `Selection.moment_scores`: comparable within a selection,
+        not between those that were made or read differently.
     kept : visual tokens kept in it.
     video : which video of the prompt.
     first_frame, last_frame : its frames, both included.
@@ -114,8 +115,8 @@ class Selection:
         heads and layers; None where nobody listened to that. ``scores`` are of sets of frames: a
         softmax over each, so they order the tokens of a set, but some token of a set in which
         nothing fits the question gets a high share too. Here all kept tokens share one softmax, and
-        compare. `Chat.ask` and `Video.ask` listen, whatever the method; an applied model's
-        ``generate`` does not.
+        compare. `Chat.ask` and `Video.ask` listen, whatever the method, but cannot hear compiled
+        layers; an applied model's ``generate`` does not listen.
     """
 
     kept: Tensor
@@ -255,6 +256,8 @@ class Selection:
                     f"{path}: tensors and record are of two selections, as after an interrupted "
                     "save. Make the selection again."
                 )
+            if len(tensors.get("reading", tensors["kept"])) != len(tensors["kept"]):
+                raise CheckpointError(f"{path}: its reading is not of the tokens that it keeps.")
             count = sum(name.startswith("times.") for name in tensors)
             return cls(
                 kept=tensors["kept"],

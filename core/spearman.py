@@ -107,7 +107,7 @@ def selector_loss(
     is 0. Of logarithms of relevance, which it is meant for, the softmax is the share of the
     attention that a token gets of all that the tokens get: what stands out weighs most, and the
     order of the bulk next to nothing. A relevance of 0 has no logarithm: keep it above that, or the
-    loss is NaN.
+    loss is NaN or infinite.
 
     Parameters
     ----------
@@ -231,7 +231,7 @@ def _divergence(batch: _Batch) -> Tensor:
         scores.double().masked_fill(~batch.mask, torch.finfo(torch.float32).min).log_softmax(dim=-1)
         for scores in (batch.pred, batch.target)
     )
-    return (target.exp() * (target - pred)).mul(batch.mask).sum(dim=-1)
+    return (target.exp() * (target - pred)).sum(dim=-1)
 
 
 def _checked_terms(terms: Mapping[str, float]) -> Mapping[str, float]:

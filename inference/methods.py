@@ -61,12 +61,13 @@ class Method(ABC):
         kept, scores = self.keep(encoded, architecture, progress)
         layout = encoded.prompt.layout
         return Selection(
-            kept=kept.cpu(),
+            # A method of one's own may say them in another order, or score in half precision.
+            kept=kept.sort().values.cpu(),
             video=layout.video[layout.visual],
             frame=layout.frame[layout.visual],
             times=encoded.times,
             durations=encoded.durations,
-            scores=None if scores is None else scores.cpu(),
+            scores=None if scores is None else scores.float().cpu(),
             settings=self.record(),
         )
 

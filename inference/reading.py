@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..core.decoder import LayerStates, full_layers, listening
+from ..core.decoder import LayerStates, full_layers
 from ..core.layout import Prompt
 from ..core.relevance import relevance
 from ..core.selection import Selection
@@ -67,10 +67,9 @@ def hearing(engine: Engine, prompt: Prompt, selection: Selection) -> Iterator[Re
     Yields
     ------
     A `Reading` that is filled when the model has read the prompt. It stays empty where no layer has
-    full attention, and where the prompt is not read in one pass.
+    full attention, where layers are compiled, and where the prompt is not read in one pass.
     """
-    decoder = engine.architecture.decoder
-    layers = full_layers(decoder)
+    layers = full_layers(engine.architecture.decoder)
     reading = Reading(len(layers))
     if not len(selection.kept):
         yield reading
@@ -81,5 +80,5 @@ def hearing(engine: Engine, prompt: Prompt, selection: Selection) -> Iterator[Re
     def heard(states: LayerStates) -> None:
         reading.add(relevance(states.query, states.key, last, columns, aggregation="mean")[0])
 
-    with listening(decoder, layers, len(layout), last, heard):
+    with engine.architecture.listening(layers, len(layout), last, heard):
         yield reading

@@ -88,7 +88,9 @@ def split_prompt(
 def _kinds(layout: Layout) -> Tensor:
     """Return all that decides a token's place in a set, as one number: int64 ``(tokens,)``."""
     starts = layout.frame.diff(prepend=layout.frame[:1]) != 0
-    marks = (layout.visual, layout.feature, layout.query, layout.frame == NONE, starts)
+    # Not whether a token is of a frame: between two starts all are or none is, and a frame has
+    # visual tokens.
+    marks = (layout.visual, layout.feature, layout.query, starts)
     return torch.stack([mark.long() << bit for bit, mark in enumerate(marks)]).sum(0)
 
 

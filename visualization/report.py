@@ -246,8 +246,8 @@ def _where(sheet: _Sheet, film: str) -> str:
     note = (
         "How relevant each frame is to the question, and how much of it the model then read."
         if ranked
-        else "How much of each frame the model read. This method, or this budget, ranks nothing "
-        "before that."
+        else "How much of each frame the model read. With this method, or this budget, frames are "
+        "not ranked before."
     )
     if pins:
         note += " A number plays the video from that moment."
@@ -282,12 +282,15 @@ def _moments(sheet: _Sheet) -> str:
             f"relevance {moment.score:.2g}</span>"
         )
         items.append(f"<li>{sheet.figure(peak, caption)}</li>")
-    together = (
-        " Relevance counts here both in its set of frames and when the model read all that was "
-        "kept, to answer."
-        if sheet.selection.reading is not None
-        else ""
-    )
+    together = ""
+    if sheet.selection.reading is not None:
+        together = (
+            " Relevance counts here both in its set of frames and when the model read all that was "
+            "kept, to answer."
+            if sheet.selection.scores is not None
+            else " Relevance is here what the model looked at when it read all that was kept, to "
+            "answer."
+        )
     return section(
         "The moments it was read from",
         f"The most relevant stretches, best first, each with its most relevant frame.{together} "

@@ -218,6 +218,11 @@ def test_layers_of_full_attention_are_told_from_sliding_ones() -> None:
     assert full_layers(decoder) == [0, 2]
     decoder.config.layer_types = None
     assert full_layers(decoder) == [0, 1, 2]
+    # A model that was cut in depth, or made deeper, keeps the config it had.
+    decoder.config.layer_types = ["full_attention", "sliding_attention"] * 3
+    assert full_layers(decoder) == [0, 2]
+    decoder.config.layer_types = ["sliding_attention"]
+    assert full_layers(decoder) == [1, 2]
 
 
 def test_a_pass_of_another_thread_is_not_heard() -> None:

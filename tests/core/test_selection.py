@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flexselect.core import selection as selection_module
@@ -172,6 +173,18 @@ def test_moments_rank_by_the_reading_too_where_it_is_there() -> None:
         (10.0, 12.0, 1),
     ]
     assert [m.score for m in read.moments()] == pytest.approx([0.9, 0.3, 0.1, 0.01])
+
+
+def test_a_reading_of_other_tokens_is_no_selection(tmp_path: Path) -> None:
+    found = make((2, 3), kept=[1, 7], scores=None)
+    found = dataclasses.replace(found, reading=torch.tensor([0.5, 0.5]))
+    found.save(tmp_path / "found")
+    stored = load_file(tmp_path / "found.safetensors")
+    pair = json.loads((tmp_path / "found.json").read_text())["pair"]
+    stored["reading"] = torch.tensor([0.5])
+    save_file(stored, tmp_path / "found.safetensors", metadata={"pair": pair})
+    with pytest.raises(CheckpointError, match="reading is not of the tokens"):
+        Selection.load(tmp_path / "found")
 
 
 def test_the_reading_of_several_videos() -> None:

@@ -152,6 +152,20 @@ def test_the_family_rounds_the_budget_of_every_method() -> None:
     assert len(select(FlexSelect(budget=9, frames_per_set=64), encoded(7), family).kept) == 16
 
 
+def test_a_method_of_ones_own_may_be_careless_about_order_and_precision() -> None:
+    class Backwards(Full):
+        def keep(self, row: Any, architecture: Any, progress: Any = None) -> Any:
+            kept, _ = super().keep(row, architecture, progress)
+            return kept.flip(0), torch.ones(row.prompt.num_visual, dtype=torch.bfloat16)
+
+    row = encoded(3)
+    found = select(Backwards(), row)
+    assert torch.equal(found.kept, torch.arange(row.prompt.num_visual))
+    assert found.scores is not None
+    assert found.scores.dtype == torch.float32
+    assert found.moments()
+
+
 def test_scores_that_are_not_finite() -> None:
     row = encoded(7)
     row.features.model[5] = float("nan")

@@ -23,10 +23,11 @@ class Scorer:
 
     def __init__(self) -> None:
         self.passes: list[tuple[int, int]] = []
-        self.positions_seen: list[Tensor] = []
         self.prompts: list[Prompt] = []
+        self.embedded: list[int] = []
 
     def embed(self, ids: Tensor) -> Tensor:
+        self.embedded.append(len(ids))
         return torch.stack([(ids * 7 % 11).float(), (ids * 3 % 5).float()], -1) / 10
 
     def positions(self, prompt: Prompt) -> Tensor:
@@ -84,9 +85,52 @@ class Places(Scorer):
     """Its positions tell everything of a prompt but what its text says."""
 
     def positions(self, prompt: Prompt) -> Tensor:
+        self.prompts.append(prompt)
         layout = prompt.layout
         fields = (layout.frame, layout.visual, layout.feature, layout.query)
         return torch.stack([field.long() for field in fields])
+
+
+def lettered(text: str, frame: str, ranked: str, asking: str) -> Prompt:
+    """One video: frames by digit; marks, a character a token, say what is ranked and what asks."""
+    letters = torch.tensor([ord(letter) for letter in text])
+    visual, query = (torch.tensor([mark != "." for mark in marks]) for marks in (ranked, asking))
+    frames = index_of(frame)
+    video = torch.where(frames == NONE, NONE, 0)
+    layout = Layout(letters, video, frames, visual, letters == ord("A"), query)
+    return Prompt(layout, (Clip(int(frames.max()) + 1, 1, 2),))
+
+
+def test_sets_alike_are_laid_out_once_and_embedded_in_one_call_a_pass() -> None:
+    prompt = lettered("sAtAtAtAtqq", ".00112233..", ".x.x.x.x...", ".........xx")
+    scorer = Places()
+    sets = split_prompt(prompt, scorer, 1)
+    assert len(sets) == 4
+    assert len(scorer.prompts) == 1
+    for part in sets:
+        alone = prompt.as_clip(0, part.frames, part.rows)
+        assert part.positions is sets[0].positions
+        assert torch.equal(part.positions, Places().positions(alone))
+        assert torch.equal(part.columns, alone.layout.visual.nonzero()[:, 0])
+    scored = Scorer()
+    sets = split_prompt(prompt, scored, 1)
+    score(prompt, sets, FEATURES, scored, layer=1, aggregation="max", sets_per_batch=2)
+    assert scored.passes == [(2, 5), (2, 5)]
+    # Once for the device, once for all tokens of each pass.
+    assert scored.embedded == [0, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("ranked", "asking"),
+    [(".x.x...", "..x..xx"), (".xxx...", ".....xx")],
+    ids=["what asks", "what is ranked"],
+)
+def test_sets_that_differ_in_one_mark_alone_are_laid_out_each(ranked: str, asking: str) -> None:
+    prompt = lettered("sAtAtqq", ".0011..", ranked, asking)
+    for part in split_prompt(prompt, Places(), 1):
+        alone = prompt.as_clip(0, part.frames, part.rows).layout
+        assert torch.equal(part.columns, alone.visual.nonzero()[:, 0])
+        assert torch.equal(part.query_rows, alone.query.nonzero()[:, 0])
 
 
 @pytest.mark.parametrize(

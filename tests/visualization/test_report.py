@@ -20,7 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import flexselect
-from flexselect import Full, Uniform
+from flexselect import FlexSelect, Full, Uniform
 from flexselect.cli import app
 from flexselect.inference.terminal import stamp
 from flexselect.inference.video import read_frames
@@ -235,13 +235,29 @@ def test_a_method_that_ranks_nothing_has_a_report_too(
     video = open_with("qwen2_5_vl", needle_video.path, method)
     answer = video.ask("What number is on the red star?")
     page = Page(write_report(tmp_path / "report.html", video, "What?", answer))
-    assert "ranks nothing before that. A number plays" in page.text
-    assert "when the model read all that was kept" in page.text
+    assert "frames are not ranked before. A number plays" in page.text
+    assert "Relevance is here what the model looked at when it read all that was kept" in page.text
+    assert "in its set of frames" not in page.text
     buttons = [button["data-at"] for button in page.named("button") if button["class"] == "go"]
     assert buttons == [f"{moment.start:.3f}" for moment in answer.selection.moments(6)] != []
     kept = len(answer.selection.kept)
     assert f"{kept} of 128" in page.text
     assert page.named("img")
+
+
+def test_a_report_says_what_its_moments_are_ranked_by(
+    tmp_path: Path, needle_video: NeedleVideo
+) -> None:
+    video = open_with("qwen2_5_vl", needle_video.path, FlexSelect(budget=BUDGET))
+    answer = video.ask("What number is on the red star?")
+    silent = replace(answer, selection=replace(answer.selection, reading=None))
+    both, scores = (
+        Page(write_report(tmp_path / f"{name}.html", video, "What?", found)).text
+        for name, found in (("both", answer), ("scores", silent))
+    )
+    assert "both in its set of frames and when the model read all that was kept" in both
+    assert "The most relevant stretches" in scores
+    assert "read all that was kept" not in scores
 
 
 def test_without_scores_or_reading_a_report_has_no_moments(
@@ -251,7 +267,7 @@ def test_without_scores_or_reading_a_report_has_no_moments(
     answer = video.ask("What number is on the red star?")
     answer = replace(answer, selection=replace(answer.selection, reading=None))
     page = Page(write_report(tmp_path / "report.html", video, "What?", answer))
-    assert "ranks nothing before that." in page.text
+    assert "frames are not ranked before." in page.text
     assert "Some of the frames of which something was kept" in page.text
     assert not [button for button in page.named("button") if "data-at" in button]
     assert f"{BUDGET} of 128" in page.text
