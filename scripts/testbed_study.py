@@ -5,8 +5,8 @@ r"""Measure selection on the testbed: ``python -m flexselect.scripts.testbed_stu
     python -m flexselect.scripts.testbed_study --part table --family internvl --model seed-1
     python -m flexselect.scripts.testbed_study --report docs/testbed.md
 
-*knobs* looks at layers and knobs on validation videos, from which the presets of the tiny models
-are chosen; *table* measures methods and lengths on test videos with those presets. Videos are
+*knobs* looks at layers and knobs on validation videos, by which the presets of the tiny models are
+judged; *table* measures methods and lengths on test videos with those presets. Videos are
 rendered as files and go through ``open_video``, methods and presets like anybody's; a video is
 encoded once and asked several questions by every method. Results gather in one JSON file, cell by
 cell and video by video: stopped, the same command goes on where it was, and families may be
@@ -17,14 +17,11 @@ leaves the file. ``--report`` writes the results as Markdown.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import logging
-import os
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +45,7 @@ from flexselect.scripts.testbed_cells import (
     table_cells,
 )
 from flexselect.scripts.testbed_tables import write_report
+from flexselect.testbed.check import answer as plain_answer
 from flexselect.testbed.locate import FAMILIES, checkpoint_folder, selector_folder
 from flexselect.testbed.models import family_of
 from flexselect.testbed.videos import (
@@ -55,6 +53,7 @@ from flexselect.testbed.videos import (
     NeedleSpot,
     NeedleVideo,
     VideoQuestion,
+    held,
     make_needle_video,
     replace_file,
 )
@@ -120,7 +119,6 @@ class Study:
         self.tallies = {
             key: Tally(**row) for key, row in found.items() if self._is_current(row["knobs"])
         }
-        self._void = set(found) - set(self.tallies)
 
     @property
     def tokens_per_frame(self) -> int:
@@ -142,17 +140,23 @@ class Study:
         for clips, members in groups.items():
             engines = {cell: self._engine(cell) for cell in members}
             for cell in members:
-                knobs = {**engines[cell].method.record(), **self._current}
-                knobs["tasks"] = list(clips.tasks)
-                if not cell.lite:
-                    knobs["selector"] = None
+                knobs = self._knobs(cell, engines[cell])
                 if self.tallies.get(cell.key, Tally()).knobs != knobs:
                     self.tallies[cell.key] = Tally(knobs=knobs)
             waiting = [c for c in members if self.tallies[c.key].videos < c.count]
             if waiting:
                 self._run_clips(clips, {cell: engines[cell] for cell in waiting}, title)
 
+    def _knobs(self, cell: Cell, engine: Engine) -> dict[str, Any]:
+        """All that decides what a cell counts; it goes on only with what was counted by this."""
+        knobs = {**engine.method.record(), **self._current}
+        knobs |= {"tasks": list(cell.clips.tasks), "first": cell.clips.first}
+        if not cell.lite:
+            knobs["selector"] = None
+        return knobs
+
     def _is_current(self, knobs: Mapping[str, Any]) -> bool:
+        """Whether a row, of whatever cell, is of these weights and counted as is done now."""
         return all(
             knobs.get(name) == value or (name == "selector" and knobs.get(name) is None)
             for name, value in self._current.items()
@@ -166,8 +170,8 @@ class Study:
         start = min(self.tallies[cell.key].videos for cell in engines)
         stop = max(cell.count for cell in engines)
         label = f"{self.name} {title} {clips.key}"
-        for index in _progress(range(start, stop), label):
-            shown, following = self._video(clips, index), self._video(clips, index + 1)
+        for done in _progress(range(start, stop), label):
+            shown, following = (self._video(clips, clips.first + done + i) for i in (0, 1))
             lite = any(cell.lite for cell in engines)
             opened = flexselect.open_video(
                 self.model,
@@ -178,12 +182,12 @@ class Study:
             )
             for cell, engine in engines.items():
                 tally = self.tallies[cell.key]
-                if not tally.videos <= index < cell.count:
+                if not tally.videos <= done < cell.count:
                     continue
                 source = following if cell.control == "shuffled" else shown
                 for question in source.questions:
                     self._ask(replace(opened, engine=engine), cell, question, tally)
-                tally.videos = index + 1
+                tally.videos = done + 1
             self._save(engines)
 
     def _video(self, clips: Clips, index: int) -> NeedleVideo:
@@ -197,6 +201,10 @@ class Study:
 
     def _ask(self, video: Any, cell: Cell, question: VideoQuestion, tally: Tally) -> None:
         tally.asked += 1
+        if cell.control == "blind":
+            text = plain_answer(self.family, self.model, None, question.text)
+            _count(tally, question, text == question.answer)
+            return
         if cell.ranks_only:
             content = [{"type": "video"}, {"type": "text", "text": question.text}]
             encoded = video.encoded([{"role": "user", "content": content}], 0)
@@ -204,12 +212,7 @@ class Study:
         else:
             answer = video.ask(question.text, max_new_tokens=MAX_NEW_TOKENS)
             selection = answer.selection
-            right = answer.text == question.answer
-            tally.right += right
-            tally.hits += "01"[right]
-            task = tally.by_task.setdefault(question.task, [0, 0])
-            task[0] += right
-            task[1] += 1
+            _count(tally, question, answer.text == question.answer)
             for stage, seconds in answer.seconds.items():
                 tally.seconds[stage] = tally.seconds.get(stage, 0.0) + seconds
         tally.visual += selection.num_visual
@@ -226,14 +229,21 @@ class Study:
 
     def _save(self, cells: Iterable[Cell]) -> None:
         """Put the tallies of ``cells`` into the file, beside those of other processes."""
-        with _held(self.results.parent):
+        with held(self.results.parent):
             everything = read_results(self.results)
             mine = everything.setdefault(self.name, {})
-            for key in self._void & set(mine):
+            for key in [key for key, row in mine.items() if not self._is_current(row["knobs"])]:
                 del mine[key]
-            self._void.clear()
             mine |= {cell.key: vars(self.tallies[cell.key]) for cell in cells}
             write_json(self.results, everything)
+
+
+def _count(tally: Tally, question: VideoQuestion, right: bool) -> None:
+    tally.right += right
+    tally.hits += "01"[right]
+    task = tally.by_task.setdefault(question.task, [0, 0])
+    task[0] += right
+    task[1] += 1
 
 
 def _shows(moment: Moment, needle: NeedleSpot) -> bool:
@@ -244,10 +254,12 @@ def _shows(moment: Moment, needle: NeedleSpot) -> bool:
 
 def _training_seed(folder: Path, family: str) -> int:
     """Return the seed that a checkpoint was trained with, as its ``training.json`` says."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder. --model takes that of a checkpoint.")
     path = folder / "training.json"
     try:
         record = json.loads(path.read_text())
-        trained, seed = record["family"], int(record["seed"])
+        trained, seed, student = record["family"], int(record["seed"]), record["student"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} does not say what seed the checkpoint was trained with. Name a folder that "
@@ -255,24 +267,14 @@ def _training_seed(folder: Path, family: str) -> int:
         ) from error
     if trained != family:
         raise CheckpointError(f"{folder} holds a {trained}. Say --family {trained}.")
+    if student:
+        raise CheckpointError(f"{folder} holds a student, not a checkpoint to select for.")
     return seed
 
 
 def _checksum(folder: Path) -> str:
     """Name the weights of a checkpoint."""
     return f"{zlib.crc32((folder / 'model.safetensors').read_bytes()):08x}"
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Keep other processes from what they hold ``folder`` for, until this is left."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -305,6 +307,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("nothing to do: give --part to measure, --report to write, or both")
     if options.part != "knobs" and options.count is not None:
         parser.error("--count is for --part knobs; the table's cells have a size of their own")
+    if options.part != "table" and options.frames is not None:
+        parser.error("--frames is for --part table; knobs are looked at on 512 frames")
+    if options.part is None and options.model is not None:
+        parser.error("--model is what --part measures; --report writes what was measured")
     if options.model is not None and len(options.family) > 1:
         parser.error("--model is one checkpoint: name its --family")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -321,7 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 cells = table_cells(study.preset, study.tokens_per_frame)
                 cells += layer_cells(layers, "test", count)
-                study.run([c for c in cells if c.clips.frames in options.frames], "table")
+                lengths = options.frames or (16, *LENGTHS)
+                study.run([c for c in cells if c.clips.frames in lengths], "table")
         if options.report:
             write_report(read_results(options.results), options.report)
     except (FlexSelectError, OSError) as error:
@@ -347,7 +354,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure selection on needle videos with the tiny models.",
     )
     parser.add_argument("--part", choices=("knobs", "table"), help="what to measure")
-    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument(
+        "--family",
+        nargs="+",
+        choices=FAMILIES,
+        default=list(FAMILIES),
+        help="whose checkpoints to measure (default: all)",
+    )
     parser.add_argument(
         "--model", type=Path, help="a checkpoint of another seed, listed by it; without Lite"
     )
@@ -356,15 +369,24 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         nargs="+",
         choices=(16, *LENGTHS),
-        default=[16, *LENGTHS],
-        help="lengths of --part table to measure now",
+        help="lengths of --part table to measure now (default: all)",
     )
     parser.add_argument(
         "--count", type=_some, help="validation videos a cell of --part knobs (default: 35)"
     )
     parser.add_argument("--threads", type=_some, default=1, help="CPU threads")
-    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "testbed.json")
-    parser.add_argument("--videos", type=Path, default=Path("outputs") / "testbed-videos")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=ROOT / "docs" / "testbed.json",
+        help="JSON file that the counts gather in (default: docs/testbed.json of the project)",
+    )
+    parser.add_argument(
+        "--videos",
+        type=Path,
+        default=Path("outputs") / "testbed-videos",
+        help="folder of the videos, made where missing (default: outputs/testbed-videos)",
+    )
     parser.add_argument("--report", type=Path, help="Markdown file to write the tables to")
     return parser
 

@@ -21,7 +21,11 @@ _METHODS = (
     "Lite, 1/16",
 )
 _LENGTHS = (16, 512, 1024, 2048)
-_ANOTHER = "another video's question"
+_CONTROLS = (
+    "all tokens, another video's question",
+    "training-free, another video's question",
+    "no video",
+)
 _LAYER_TITLE = "Recall of the needle among as many best tokens as the budget, 512 frames, by layer"
 _LOOKED_AT = "The same on validation videos, by what asks"
 _BEGIN, _END = "<!-- tables -->", "<!-- end of tables -->"
@@ -98,12 +102,12 @@ def _family_report(family: str, cells: Mapping[str, Any]) -> str:
 
 def _accuracy(cells: Mapping[str, Any]) -> str:
     rows = []
-    for name in (*_METHODS, f"all tokens, {_ANOTHER}", f"training-free, {_ANOTHER}"):
+    for name in (*_METHODS, *_CONTROLS):
         row = [name]
         for frames in _LENGTHS:
             cell = cells.get(f"test/{frames}/retrieval/{name}")
-            # Another video's question has no needle here.
-            row.append(_share(cell, _ANOTHER not in name) if cell else "")
+            # A control has no needle.
+            row.append(_share(cell, name in _METHODS) if cell else "")
         if any(row[1:]):
             rows.append(row)
     for budget in ("", ", 1/16"):
@@ -207,21 +211,30 @@ def _weak(cells: Mapping[str, Any]) -> str:
 
 
 def _knobs(cells: Mapping[str, Any]) -> str:
-    rows = []
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for key, cell in cells.items():
         name = key.removeprefix("validation/512/retrieval/")
         if name != key and not name.startswith("layer "):
             knob, _, value = name.partition(" ")
+            found.setdefault(knob, {})[value] = cell
+    rows = []
+    for knob, values in sorted(found.items()):
+        # Where other knobs were turned, this one was as in the preset.
+        others = [cell for other in found if other != knob for cell in found[other].values()]
+        preset = str(others[0]["knobs"][knob]) if others else None
+        for value, cell in sorted(values.items(), key=lambda item: item[0].zfill(9)):
             asked = cell["asked"]
-            accuracy = _share(cell, needle=False)
+            less = "preset"
+            if value != preset:
+                less = _difference(cell, values[preset]) if preset in values else ""
             figures = [
                 f"{cell[k] / asked:.2f}" for k in ("kept_needle", "first_moment", "five_moments")
             ]
-            rows.append([knob, value, accuracy, *figures])
+            rows.append([knob, value, _share(cell, needle=False), less, *figures])
     if not rows:
         return ""
-    rows.sort(key=lambda row: (row[0], row[1].zfill(9)))
-    head = ["knob", "value", "accuracy", "needle kept", "in first moment", "in first five"]
+    head = ["knob", "value", "accuracy", "less preset", "needle kept"]
+    head += ["in first moment", "in first five"]
     return "Knobs one by one, 512 frames, validation videos:\n\n" + _table(head, rows)
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import OptionError
 from .models import CELLS, Family
-from .questions import CHANCE, TASKS, Question, compose, split_seed
+from .questions import CHANCE, TASKS, compose, split_seed
 from .videos import FPS, HOLD, decode_video, draw_plot, encode_video
 
 
@@ -101,16 +101,15 @@ def check_clips(
         source = plots[(index + 1) % len(plots)] if control == "shuffled" else plot
         for question in source.questions:
             asked[question.task] += 1
-            right[question.task] += answer(family, model, pictures, question) == question.answer
+            said = answer(family, model, pictures, question.text)
+            right[question.task] += said == question.answer
     return Score(dict(right), dict(asked))
 
 
 @torch.no_grad()
-def answer(
-    family: Family, model: Any, pictures: NDArray[np.uint8] | None, question: Question
-) -> str:
+def answer(family: Family, model: Any, pictures: NDArray[np.uint8] | None, text: str) -> str:
     """Return the first word of the model's answer to a question about decoded pictures."""
-    inputs = family_inputs(family, pictures, question.text)
+    inputs = family_inputs(family, pictures, text)
     logits = model(**inputs, use_cache=False).logits[0, -1]
     word: str = family.tokenizer.decode([int(logits.argmax())])
     return word

@@ -34,7 +34,7 @@ RETRIEVAL = TASKS[:3]
 TASK_OF = ("colour", "shape", "number")
 _MOST_COUNTED = 4
 
-_SEEDS_PER_SPLIT = 10**9
+SEEDS_PER_SPLIT = 10**9
 SPLITS = ("train", "validation", "test")
 
 
@@ -81,9 +81,9 @@ def split_seed(split: str, index: int) -> int:
     """
     if split not in SPLITS:
         raise OptionError(f"split={split!r} is unknown; choose one of {', '.join(SPLITS)}.")
-    if not 0 <= index < _SEEDS_PER_SPLIT:
-        raise OptionError(f"index={index} must lie in 0..{_SEEDS_PER_SPLIT - 1}.")
-    return SPLITS.index(split) * _SEEDS_PER_SPLIT + index
+    if not 0 <= index < SEEDS_PER_SPLIT:
+        raise OptionError(f"index={index} must lie in 0..{SEEDS_PER_SPLIT - 1}.")
+    return SPLITS.index(split) * SEEDS_PER_SPLIT + index
 
 
 def describe(mark: Mark) -> str:

@@ -12,14 +12,13 @@
 Every picture passes through the h264 encoder and decoder and the family's real processor. No clip
 that the model answers from holds more than sixteen pictures or, where it is pruned or selected,
 more ranked tokens than ``Segment.tokens`` or the largest of ``Selecting.budgets``, but for those of
-the asked mark, which is put back where selection lost it. Every step draws from a generator of its
-own, so that a resumed run continues as an uninterrupted one.
+the asked mark, which is put back where selection lost it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -152,25 +151,39 @@ class Recipe:
 _MIXED_TASKS = (*RETRIEVAL, *RETRIEVAL, *TASKS)
 
 
+class _Steps(NamedTuple):
+    """How long each part of a family's recipe takes."""
+
+    tower: int
+    drills: int
+    bridge: int
+    questions: int
+    selections: int
+
+
+# Looking marks up takes M-RoPE longer to get right than plain positions, and the coarser tokens of
+# SigLIP, whose patches LLaVA-Video projects before pooling them, longest of all. From drills
+# straight to questions is too far a step for these: of two runs one sat at chance for 300 steps and
+# one for 700, until it was stopped.
+_STEPS = {
+    "qwen2_5_vl": _Steps(tower=300, drills=250, bridge=0, questions=600, selections=450),
+    "internvl": _Steps(tower=300, drills=250, bridge=0, questions=350, selections=700),
+    "llava_video": _Steps(tower=800, drills=400, bridge=200, questions=450, selections=700),
+}
+
+
 def default_recipe(family: Family) -> Recipe:
     """Return the recipe of the committed checkpoints."""
-    # Looking marks up takes M-RoPE longer to get right than plain positions, and the coarser
-    # tokens of SigLIP, whose patches LLaVA-Video projects before pooling them, longest of all.
-    # From drills straight to questions is too far a step for these: of two runs one sat at chance
-    # for 300 steps and one for 700, until it was stopped.
-    questions = {"qwen2_5_vl": 600, "internvl": 350, "llava_video": 450}[family.name]
-    bridge = [_bridge(family, 200)] if family.name == "llava_video" else []
-    drills = 400 if family.name == "llava_video" else 250
-    towers = 800 if family.name == "llava_video" else 300
+    steps = _STEPS[family.name]
+    bridge = [_bridge(family, steps.bridge)] if steps.bridge else []
     _, ranked = family.frame_slots()
     room = _room(family)
-    selections = 450 if family.name == "qwen2_5_vl" else 700
     selecting = _selecting(family)
     # Headers of InternVL's frames stay with any token of theirs.
     kept = max(selecting.budgets) * (1 + ranked.count(False))
     short, long = 8, 16
     return Recipe(
-        tower_steps=towers,
+        tower_steps=steps.tower,
         tower_scenes=160,
         tower_rate=2.5e-3,
         pool_scenes=80 * REEL,
@@ -180,11 +193,17 @@ def default_recipe(family: Family) -> Recipe:
                 2e-3,
                 60,
                 (
-                    Segment("drill", drills, 32, 100 + room // 2, (short,), 20),
-                    Segment("drill", drills, 24, 100 + room, (long,), 20),
+                    Segment("drill", steps.drills, 32, 100 + room // 2, (short,), 20),
+                    Segment("drill", steps.drills, 24, 100 + room, (long,), 20),
                     *bridge,
                     Segment(
-                        "questions", questions, 24, 160 + room, (short, long), 8, tasks=RETRIEVAL
+                        "questions",
+                        steps.questions,
+                        24,
+                        160 + room,
+                        (short, long),
+                        8,
+                        tasks=RETRIEVAL,
                     ),
                 ),
             ),
@@ -213,7 +232,7 @@ def default_recipe(family: Family) -> Recipe:
                 (
                     Segment(
                         "questions",
-                        selections,
+                        steps.selections,
                         16,
                         max(100 + kept, 160 + room),
                         (4, 8, long),

@@ -1,7 +1,7 @@
 """The steps of a recipe: the tower's, the pool, and the language model's.
 
-Every step draws from a generator of its own, so that a resumed run continues as an uninterrupted
-one.
+Every step of a phase draws from a generator of its own, so that a resumed run continues as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -112,6 +112,8 @@ def train_language(
         if segment.selecting is not None
     }
     for step in range(start, phase.steps):
+        # Of the length of its name: "language" and "selected" draw the same numbers, and make
+        # other clips of them. The committed checkpoints were trained so.
         rng = _generator(seed, _CLIPS + 10 * len(phase.name), step)
         segment = phase.at(step)
         rehearsal = rehearsals[segment.selecting] if segment.selecting is not None else None

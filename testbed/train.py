@@ -18,24 +18,26 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from ..core.errors import CheckpointError, FlexSelectError
+from ..core.errors import CheckpointError, FlexSelectError, OptionError
 from .check import Score, check_clips
 from .locate import FAMILIES, FOLDER, checkpoint_folder
 from .models import Family, family_of
-from .questions import RETRIEVAL
+from .questions import RETRIEVAL, SEEDS_PER_SPLIT
 from .recipe import Recipe, default_recipe, student_recipe
 from .steps import build_pool, language_optimizer, train_language, train_tower
+from .videos import held
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ def train(
     Raises
     ------
     CheckpointError
-        If ``work`` holds the state of another run.
+        If ``work`` holds the state of another run, or a damaged one.
     """
     torch.manual_seed(seed)
     model = family.build(**recipe.text)
@@ -170,11 +172,7 @@ def publish(draft: Path, out: Path) -> None:
 
     Raises `CheckpointError` where ``out`` is something else than a checkpoint's folder.
     """
-    if out.exists() and (not out.is_dir() or not _is_checkpoint(out)):
-        raise CheckpointError(
-            f"{out} is there and is no checkpoint. The new one stays in {draft}; copy it where it "
-            "should be, or name another --out."
-        )
+    _check_replaceable(out)
     fresh, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(draft, fresh)
@@ -184,8 +182,27 @@ def publish(draft: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _is_checkpoint(folder: Path) -> bool:
-    return not any(folder.iterdir()) or (folder / "model.safetensors").is_file()
+def _check_replaceable(out: Path) -> None:
+    """Raise `CheckpointError` where there is something else than a checkpoint, or than nothing."""
+    if not out.exists():
+        return
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "model.safetensors").is_file()):
+        raise CheckpointError(f"{out} is there and is no checkpoint. Name another --out.")
+
+
+@contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Keep a second run out of ``work``: it would overwrite the state of the first."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(work, wait=False))
+        except BlockingIOError as error:
+            raise OptionError(
+                f"--work {work} is being worked on by another run. Wait for it to end."
+            ) from error
+        except OSError as error:
+            raise OptionError(f"--work {work} cannot be made a folder ({error}).") from error
+        yield
 
 
 class _State:
@@ -224,14 +241,19 @@ class _State:
         """Load what is there; the phase is None where nothing is."""
         if not self._path.exists():
             return None, 0, []
-        with safe_open(self._path, "pt") as file:
-            metadata = file.metadata()
-            if metadata["identity"] != self._identity:
-                raise CheckpointError(
-                    f"{self._path} belongs to a run with another family, seed or recipe. "
-                    "Choose another --work folder or delete it."
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        try:
+            with safe_open(self._path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self._path} is damaged ({error}). Delete it to start anew."
+            ) from error
+        if metadata.get("identity") != self._identity:
+            raise CheckpointError(
+                f"{self._path} belongs to a run with another family, seed or recipe. "
+                "Choose another --work folder or delete it."
+            )
         weights = _weights(model)
         with torch.no_grad():
             for name, value in weights.items():
@@ -260,16 +282,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = student_recipe(family) if options.student else default_recipe(family)
     kind = "student" if options.student else "testbed"
     work = options.work or Path("outputs") / f"{kind}-{family.name}-{options.seed}"
-    tower = None
+    out = options.out
+    if out is None and options.seed == 0:
+        out = (FOLDER.parent / "students" if options.student else FOLDER) / family.name
     try:
-        if options.student:
-            tower = AutoModelForImageTextToText.from_pretrained(
-                checkpoint_folder(family.name), dtype=torch.float32
-            )
-        model, log = train(family, recipe, work=work, seed=options.seed, tower=tower)
-    except FlexSelectError as error:
+        if out is not None:
+            _check_replaceable(out)
+        with _alone(work):
+            return _run(options, family, recipe, work, out)
+    except (FlexSelectError, OSError) as error:
         logger.error("error: %s", error)
         return 2
+
+
+def _run(
+    options: argparse.Namespace, family: Family, recipe: Recipe, work: Path, out: Path | None
+) -> int:
+    """Train, judge, and put what is good enough in its place; returns the exit code."""
+    tower = None
+    if options.student:
+        tower = AutoModelForImageTextToText.from_pretrained(
+            checkpoint_folder(family.name), dtype=torch.float32
+        )
+    model, log = train(family, recipe, work=work, seed=options.seed, tower=tower)
     draft = work / "checkpoint"
     save_checkpoint(family, model, draft)
     accuracy, scores = check_checkpoint(family, draft, options.check)
@@ -290,24 +325,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if accuracy < least:
         logger.error("error: below --least %.2f; the checkpoint stays in %s", least, draft)
         return 1
-    home = FOLDER.parent / "students" if options.student else FOLDER
-    if options.out is None and options.seed != 0:
+    if out is None:
         logger.info("wrote %s; --out would put it elsewhere", draft)
         return 0
-    out = options.out or home / family.name
-    try:
-        publish(draft, out)
-    except (FlexSelectError, OSError) as error:
-        logger.error("error: %s", error)
-        return 2
+    publish(draft, out)
     logger.info("wrote %s", out)
     return 0
 
 
+# What is wrong with an option must show before hours of training.
 def _some(text: str) -> int:
-    """Read a whole number of at least one: what is wrong must show before hours of training."""
+    """Read a whole number of at least one."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def _seed(text: str) -> int:
+    """Read a seed: a number of the training split, which must not reach into another."""
+    if not 0 <= (number := int(text)) < SEEDS_PER_SPLIT:
+        raise argparse.ArgumentTypeError(f"must lie in 0..{SEEDS_PER_SPLIT - 1}, got {text}")
+    return number
+
+
+def _share(text: str) -> float:
+    """Read a share of one."""
+    if not 0 <= (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"must lie in 0..1, got {text}")
     return number
 
 
@@ -320,17 +364,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--student",
         action="store_true",
-        help="train the small model that a Lite selector starts from, on the checkpoint's tower",
+        help="train the small model that a Lite selector starts from, on the tower of the "
+        "project's own checkpoint, whatever the seed",
     )
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--work", type=Path, help="folder of the state (default: outputs/testbed-…)"
+        "--seed",
+        type=_seed,
+        default=0,
+        help="decides weights and data; the project's own checkpoints have 0 (default: 0)",
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="folder of the state and the finished draft (default: outputs/testbed-FAMILY-SEED, "
+        "of a student outputs/student-FAMILY-SEED)",
     )
     parser.add_argument(
         "--out",
         type=Path,
-        help="default: testbed/checkpoints/FAMILY, or students; with another seed than 0 it stays "
-        "in WORK/checkpoint",
+        help="folder of the result (default: testbed/checkpoints/FAMILY, of a student "
+        "testbed/students/FAMILY; with another seed than 0 it stays in WORK/checkpoint)",
     )
     parser.add_argument(
         "--check",
@@ -340,8 +393,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--least",
-        type=float,
-        help="accuracy below which nothing is written (default: 0.98; of a student 0.80)",
+        type=_share,
+        help="accuracy below which the draft is not put in place (default: 0.98; of a student "
+        "0.80)",
     )
     return parser
 

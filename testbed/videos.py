@@ -7,10 +7,12 @@ video that has one is complete.
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -310,6 +312,21 @@ def replace_file(path: Path, content: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Keep other processes from what they hold ``folder`` for, until this is left.
+
+    Raises ``BlockingIOError`` where another one holds it and ``wait`` is False.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], *, fps: float) -> None:

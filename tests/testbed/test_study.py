@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import pytest
 
@@ -10,17 +11,18 @@ from flexselect.core.selection import Moment
 from flexselect.inference.methods import FlexSelect, Full, Random
 from flexselect.scripts import testbed_cells as cells_module
 from flexselect.scripts import testbed_study as study_module
-from flexselect.scripts.testbed_cells import Cell, Clips, layer_cells, table_cells
+from flexselect.scripts.testbed_cells import Cell, Clips, knob_cells, layer_cells, table_cells
 from flexselect.scripts.testbed_study import Study
 from flexselect.scripts.testbed_tables import difference, interval, write_report
-from flexselect.testbed.locate import checkpoint_folder
+from flexselect.testbed.locate import checkpoint_folder, student_folder
 from flexselect.testbed.questions import RETRIEVAL
-from flexselect.testbed.videos import NeedleSpot
+from flexselect.testbed.videos import NeedleSpot, held
 
 CLIPS = Clips("validation", 32, 3, RETRIEVAL)
 CELLS = [
     Cell("all tokens", CLIPS, Full()),
     Cell("all tokens, another video's question", CLIPS, Full(), control="shuffled"),
+    Cell("no video", CLIPS, Full(), control="blind"),
     Cell("random tokens", CLIPS, Random(budget=8)),
     Cell("training-free", CLIPS, FlexSelect(budget=16)),
     Cell("first only", CLIPS, FlexSelect(budget=16), ranks_only=True, limit=1),
@@ -61,6 +63,7 @@ def test_a_stopped_study_goes_on_and_counts_every_video_once(tmp_path, monkeypat
     assert {name: cell["asked"] for name, cell in cells.items()} == {
         "all tokens": 9,
         "all tokens, another video's question": 9,
+        "no video": 9,
         "random tokens": 9,
         "training-free": 9,
         "first only": 3,
@@ -68,6 +71,8 @@ def test_a_stopped_study_goes_on_and_counts_every_video_once(tmp_path, monkeypat
     # The tiny model reads 32 frames well, and nothing of what it was not shown.
     assert cells["all tokens"]["right"] >= 7
     assert cells["all tokens, another video's question"]["right"] <= 4
+    assert cells["no video"]["right"] <= 4
+    assert cells["no video"]["visual"] == 0
     assert cells["all tokens"]["kept_needle"] == 9
     assert cells["random tokens"]["kept_needle"] < cells["training-free"]["kept_needle"]
     assert cells["first only"]["right"] == 0
@@ -102,6 +107,12 @@ def test_a_checkpoint_of_another_seed_is_listed_by_it_and_has_no_lite(tmp_path):
     (other / "training.json").unlink()
     with pytest.raises(CheckpointError, match=r"training\.json does not say what seed"):
         Study("qwen2_5_vl", other, tmp_path / "results.json", tmp_path / "videos")
+    for folder, reason in (
+        (student_folder("qwen2_5_vl"), "holds a student"),
+        (tmp_path / "nowhere", "is no folder"),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            Study("qwen2_5_vl", folder, tmp_path / "results.json", tmp_path / "videos")
 
 
 @pytest.mark.parametrize(
@@ -124,8 +135,11 @@ def test_what_another_checkpoint_or_counting_gave_leaves_the_file(tmp_path, monk
     assert [key.rpartition("/")[2] for key in counted(tmp_path)] == ["all tokens"]
 
 
-def test_processes_that_measure_side_by_side_lose_nothing(tmp_path):
+def test_what_one_process_has_counted_anew_another_does_not_take_for_void(tmp_path, monkeypatch):
     early, late = (Clips("validation", frames, 2, ("number",)) for frames in (16, 32))
+    for clips in (early, late):
+        study(tmp_path).run([Cell("all tokens", clips, Full())], "test")
+    monkeypatch.setattr(study_module, "COUNTING", study_module.COUNTING + 1)
     first, second = study(tmp_path), study(tmp_path)
     second.run([Cell("all tokens", late, Full())], "test")
     first.run([Cell("all tokens", early, Full())], "test")
@@ -133,6 +147,19 @@ def test_processes_that_measure_side_by_side_lose_nothing(tmp_path):
         "validation/16/retrieval/all tokens": 2,
         "validation/32/retrieval/all tokens": 2,
     }
+
+
+def test_while_one_process_writes_results_another_waits(tmp_path):
+    run = study(tmp_path)
+    cell = Cell("all tokens", Clips("validation", 16, 1, ("number",)), Full())
+    run.tallies[cell.key] = study_module.Tally(knobs=run._knobs(cell, run._engine(cell)))
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (run._save([cell]), done.set()))
+    with held(tmp_path):
+        thread.start()
+        assert not done.wait(0.3)
+    thread.join()
+    assert list(counted(tmp_path)) == [cell.key]
 
 
 def test_the_command_looks_at_layers_and_knobs_of_validation_videos(tmp_path, monkeypatch):
@@ -153,6 +180,8 @@ def test_the_command_looks_at_layers_and_knobs_of_validation_videos(tmp_path, mo
     assert sum(line.startswith(("| max of", "| mean of")) for line in lines) == 3
     assert any(line.startswith("| budget | 16 |") for line in lines)
     rows = [line for line in lines if line.startswith("| budget |")]
+    assert [row.split("|")[2].strip() for row in rows if "| preset |" in row] == ["64"]
+    assert all("preset" in row or " to " in row for row in rows)
     assert rows == sorted(rows, key=lambda row: int(row.split("|")[2]))
 
 
@@ -163,6 +192,8 @@ def test_the_command_looks_at_layers_and_knobs_of_validation_videos(tmp_path, mo
         (["--part", "table", "--count", "3"], "--count is for --part knobs"),
         (["--part", "knobs", "--count", "0"], "must be at least 1"),
         (["--part", "table", "--threads", "0"], "must be at least 1"),
+        (["--part", "knobs", "--frames", "16"], "--frames is for --part table"),
+        (["--report", "page.md", "--model", "folder"], "--model is what --part measures"),
         (["--part", "table", "--model", "folder"], "name its --family"),
     ],
 )
@@ -200,9 +231,24 @@ def test_budgets_of_the_table_are_those_that_it_names():
     assert len(names) == len(set(names)) + 2
 
 
-def test_no_cell_is_looked_at_on_both_splits():
-    for split in ("validation", "test"):
-        assert {cell.clips.split for cell in layer_cells(6, split, 4)} == {split}
+def test_knobs_never_see_a_test_video_and_retrieval_is_measured_on_unseen_ones():
+    knobs = [*layer_cells(6, "validation", 4), *knob_cells({"budget": 64}, 4)]
+    assert {cell.clips.split for cell in knobs} == {"validation"}
+    table = [*table_cells({"budget": 64}, 2), *layer_cells(6, "test", 4)]
+    assert {cell.clips.split for cell in table} == {"test"}
+    firsts = {"retrieval" in cell.key: cell.clips.first for cell in table}
+    assert firsts == {True: cells_module.UNSEEN, False: 0}
+
+
+def test_the_first_video_of_a_cell_decides_which_it_sees(tmp_path):
+    for first in (0, 5):
+        clips = Clips("validation", 16, 2, ("number",), first)
+        study(tmp_path).run([Cell("all tokens", clips, Full())], "test")
+        (cell,) = counted(tmp_path).values()
+        assert (cell["videos"], cell["asked"], cell["knobs"]["first"]) == (2, 2, first)
+    made = sorted(path.stem for path in (tmp_path / "videos").rglob("*.mp4"))
+    # One more, whose question could be asked of the last.
+    assert made == ["00000", "00001", "00002", "00005", "00006", "00007"]
 
 
 def test_intervals_hold_at_the_edges_and_narrow_with_more_questions():
@@ -239,7 +285,7 @@ def test_a_page_with_half_of_the_marks_is_left_alone(page, tmp_path):
 
 
 def test_the_report_has_every_cell_and_leaves_other_text_alone(tmp_path):
-    study(tmp_path).run(CELLS[:4], "test")
+    study(tmp_path).run(CELLS[:5], "test")
     results = json.loads((tmp_path / "results.json").read_text())
     cells = results["qwen2_5_vl"]
     for key in list(cells):

@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from flexselect.core.errors import CheckpointError
+from flexselect.testbed import steps as steps_module
 from flexselect.testbed import train as train_module
 from flexselect.testbed.check import check_clips, family_inputs
 from flexselect.testbed.locate import FAMILIES
@@ -178,11 +179,54 @@ def test_a_student_keeps_the_tower_of_its_teacher_and_learns_all_else(name, tmp_
         )
 
 
+def test_the_seed_decides_weights_pool_and_clips(tmp_path, monkeypatch):
+    family = family_of("internvl")
+    made = []
+
+    def record(module, name, read):
+        function = getattr(module, name)
+
+        def recorded(*arguments):
+            made.append(read(arguments, result := function(*arguments)))
+            return result
+
+        monkeypatch.setattr(module, name, recorded)
+
+    def weights(model):
+        return model.model.language_model.layers[0].mlp.up_proj.weight.detach().clone()
+
+    record(train_module, "train_tower", lambda arguments, _: weights(arguments[1]))
+    record(train_module, "build_pool", lambda _, pool: torch.from_numpy(pool.marks))
+    record(steps_module, "make_batch", lambda _, batch: batch.targets)
+    runs = []
+    for work, seed in (("first", 0), ("again", 0), ("other", 1)):
+        made.clear()
+        train(family, shortened(1), work=tmp_path / work, seed=seed)
+        runs.append(list(made))
+    first, again, other = runs
+    assert len(first) == 2 + len(shortened(1).phases)
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    assert not any(torch.equal(one, two) for one, two in zip(first, other, strict=True))
+
+
 def test_the_state_of_another_run_is_refused(tmp_path):
     family = family_of("internvl")
     train(family, shortened(1), work=tmp_path)
     with pytest.raises(CheckpointError, match="another family, seed or recipe"):
         train(family, shortened(1), work=tmp_path, seed=1)
+
+
+@pytest.mark.parametrize("content", [b"", b"cut short", None])
+def test_a_damaged_state_is_named_and_kept(content, tmp_path):
+    family, state = family_of("internvl"), tmp_path / "state.safetensors"
+    if content is None:
+        save_file({"model.of": torch.zeros(1)}, state)
+    else:
+        state.write_bytes(content)
+    before = state.read_bytes()
+    with pytest.raises(CheckpointError, match=r"state\.safetensors (is damaged|belongs to a run)"):
+        train(family, shortened(1), work=tmp_path)
+    assert state.read_bytes() == before
 
 
 def command(monkeypatch, home, *more):
@@ -225,8 +269,37 @@ def test_what_is_no_checkpoint_is_not_replaced(tmp_path, monkeypatch, caplog):
     assert command(monkeypatch, tmp_path, "--least", "0", "--out", str(mine)) == 2
     assert "is no checkpoint" in caplog.text
     assert (mine / "thesis.txt").read_text() == "all of it"
+    # It is said before anything is trained.
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--check", "0", "must be at least 1"),
+        ("--seed", "-1", "must lie in 0..999999999"),
+        ("--seed", "1000000000", "must lie in 0..999999999"),
+        ("--least", "nan", "must lie in 0..1"),
+        ("--least", "2", "must lie in 0..1"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(option, value, message, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        command(monkeypatch, tmp_path, "--check", "0")
+        command(monkeypatch, tmp_path, option, value)
+    said = capsys.readouterr().err
+    assert option in said
+    assert message in said
+
+
+def test_a_folder_of_work_is_one_runs_own(tmp_path, monkeypatch, caplog):
+    (tmp_path / "work").touch()
+    assert command(monkeypatch, tmp_path) == 2
+    assert "--work" in caplog.text
+    (tmp_path / "work").unlink()
+    with train_module._alone(tmp_path / "work"):
+        assert command(monkeypatch, tmp_path) == 2
+    assert "being worked on by another run" in caplog.text
+    assert command(monkeypatch, tmp_path, "--least", "0") == 0
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -268,8 +341,8 @@ def test_no_whole_clip_of_the_recipe_is_longer_than_sixteen_pictures(name):
             around = sum(len(part) for part in family.around())
             assert segment.length > around + frames * slots + 16
             if segment.selecting is not None:
-                # A sixteenth of 512 frames, with everything that stays beside a kept token.
+                # A sixteenth of 1,024 frames, with everything that stays beside a kept token.
                 ranked = family.frame_slots()[1]
                 most = max(segment.selecting.budgets)
-                assert most >= 512 * sum(ranked) // family.pictures_per_frame // 16
+                assert most >= 1024 * sum(ranked) // family.pictures_per_frame // 16
                 assert segment.length > around + most * (1 + ranked.count(False)) + 16
