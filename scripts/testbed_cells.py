@@ -26,9 +26,14 @@ class Clips:
     first: int = 0
 
     @property
+    def retrieval(self) -> bool:
+        """Whether nothing is asked but attributes of a single needle."""
+        return set(self.tasks) <= set(RETRIEVAL)
+
+    @property
     def key(self) -> str:
         """Name in keys and of the folder."""
-        kind = "retrieval" if set(self.tasks) <= set(RETRIEVAL) else "weak"
+        kind = "retrieval" if self.retrieval else "weak"
         return f"{self.split}/{self.frames}/{kind}"
 
 

@@ -91,13 +91,14 @@ class Study:
     """Runs cells of one checkpoint and keeps their tallies in a JSON file.
 
     There the project's own checkpoint goes by its family's name, another one by its training seed
-    as well. A Lite selector belongs to the project's own: others have no Lite cells.
+    as well. Of others only retrieval is measured, without Lite: a selector belongs to the
+    project's own.
     """
 
     def __init__(self, family: str, folder: Path, results: Path, videos: Path) -> None:
         self.family = family_of(family)
-        own = folder.resolve() == checkpoint_folder(family).resolve()
-        self.name = family if own else f"{family}, seed {_training_seed(folder, family)}"
+        self.own = folder.resolve() == checkpoint_folder(family).resolve()
+        self.name = family if self.own else f"{family}, seed {_training_seed(folder, family)}"
         self.model = flexselect.load_model(folder, device="cpu")
         self.processor = flexselect.load_processor(folder)
         self.engine = Engine(self.model, Full())
@@ -105,7 +106,7 @@ class Study:
         self.checksum = _checksum(folder)
         self.selector = None
         try:
-            if own:
+            if self.own:
                 self.selector = flexselect.load_selector(selector_folder(family), self.model)
         except CheckpointError as error:
             logger.warning("Lite cells are left out: %s", error)
@@ -135,7 +136,8 @@ class Study:
         """Fill the cells; those that share their videos share decoding and encoding."""
         groups: dict[Clips, list[Cell]] = {}
         for cell in cells:
-            if not cell.lite or self.selector is not None:
+            measured = self.own or cell.clips.retrieval
+            if measured and (not cell.lite or self.selector is not None):
                 groups.setdefault(cell.clips, []).append(cell)
         for clips, members in groups.items():
             engines = {cell: self._engine(cell) for cell in members}
@@ -362,7 +364,9 @@ def _parser() -> argparse.ArgumentParser:
         help="whose checkpoints to measure (default: all)",
     )
     parser.add_argument(
-        "--model", type=Path, help="a checkpoint of another seed, listed by it; without Lite"
+        "--model",
+        type=Path,
+        help="a checkpoint of another seed, listed by it: retrieval only, without Lite",
     )
     parser.add_argument(
         "--frames",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -153,6 +153,17 @@ def test_what_is_not_heard_is_left_out(family: Family, model: Any, name: str) ->
         OTHERWISE[name](engine, encoded, selection)
     assert hooks(model) == before
     assert reading.heard == 0
+    assert reading.added_to(selection) is selection
+
+
+def test_a_family_that_cannot_listen_answers_the_same(
+    family: Family, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, encoded, selection = engine_of(family, model, FlexSelect(**knobs(24)))
+    silent = generate(engine, encoded, selection)
+    monkeypatch.setattr(type(engine.architecture), "listening", lambda *_: nullcontext())
+    with hearing(engine, encoded.prompt, selection) as reading:
+        assert torch.equal(generate(engine, encoded, selection), silent)
     assert reading.added_to(selection) is selection
 
 

@@ -87,7 +87,7 @@ def test_what_was_counted_with_other_knobs_is_void(tmp_path):
     assert (cell["videos"], cell["asked"], cell["kept"]) == (1, 1, 12)
 
 
-def test_a_checkpoint_of_another_seed_is_listed_by_it_and_has_no_lite(tmp_path):
+def test_a_checkpoint_of_another_seed_is_listed_by_it_with_retrieval_alone(tmp_path):
     other = tmp_path / "other"
     shutil.copytree(checkpoint_folder("qwen2_5_vl"), other)
     record = json.loads((other / "training.json").read_text())
@@ -96,12 +96,13 @@ def test_a_checkpoint_of_another_seed_is_listed_by_it_and_has_no_lite(tmp_path):
     cells = [
         Cell("all tokens", clips, Full()),
         Cell("Lite", clips, FlexSelect(budget=8), lite=True),
+        Cell("all tokens", Clips("validation", 16, 1, ("count",)), Full()),
     ]
     study(tmp_path).run(cells, "test")
     Study("qwen2_5_vl", other, tmp_path / "results.json", tmp_path / "videos").run(cells, "test")
     found = json.loads((tmp_path / "results.json").read_text())
     assert {name: len(counts) for name, counts in found.items()} == {
-        "qwen2_5_vl": 2,
+        "qwen2_5_vl": 3,
         "qwen2_5_vl, seed 7": 1,
     }
     (other / "training.json").unlink()
