@@ -3,7 +3,8 @@
 1. *Tower*: the vision tower and projector name the mark of every cell, by linear heads that are
    thrown away.
 2. *Pool*: the finished tower encodes a pool of scenes once; it stays frozen from here on.
-3. *Language*: the language model learns to look marks up, first by drills, then by questions.
+3. *Language*: the language model learns to look marks up, first by drills, then by questions; with
+   *more questions* where these were not enough, because when it dawns on a model is luck.
 4. *Near misses*: whole clips alternate with clips pruned to marks that resemble each other, because
    answering from selected tokens is denser in near misses than any clip.
 5. *Selected*: most clips are what selection, with the model's own attention as it is at that step,
@@ -98,12 +99,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Phase:
-    """Segments that share an optimiser and one cosine of the learning rate."""
+    """Segments that share an optimiser and one cosine of the learning rate.
+
+    Left out where the phase before ended with a share of at least ``unless`` of right answers.
+    """
 
     name: str
     rate: float
     warmup: int
     segments: tuple[Segment, ...]
+    unless: float | None = None
 
     @property
     def steps(self) -> int:
@@ -206,6 +211,13 @@ def default_recipe(family: Family) -> Recipe:
                         tasks=RETRIEVAL,
                     ),
                 ),
+            ),
+            Phase(
+                "more_questions",
+                1e-3,
+                20,
+                (Segment("questions", 400, 24, 160 + room, (short, long), 8, tasks=RETRIEVAL),),
+                unless=0.98,
             ),
             Phase(
                 "near_misses",

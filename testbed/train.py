@@ -102,6 +102,10 @@ def train(
             continue
         optimizer = language_optimizer(family, model)
         start = step_done if number == phase_done else 0
+        reached = float(log[-1].get("right", 0.0))
+        if start == 0 and phase.unless is not None and reached >= phase.unless:
+            logger.info("%s: left out", phase.name)
+            continue
         if start:
             state.load(model, optimizer)
         losses: list[float] = []

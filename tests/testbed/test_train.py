@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -207,6 +208,29 @@ def test_the_seed_decides_weights_pool_and_clips(tmp_path, monkeypatch):
     assert len(first) == 2 + len(shortened(1).phases)
     assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
     assert not any(torch.equal(one, two) for one, two in zip(first, other, strict=True))
+
+
+def test_a_phase_is_left_out_where_the_one_before_was_enough(tmp_path, monkeypatch):
+    family, recipe = family_of("internvl"), shortened(4)
+    first, *_, last = recipe.phases
+    enough, more = replace(first, name="enough", unless=0.0), replace(first, name="more", unless=1)
+    recipe = replace(recipe, phases=(first, enough, more, last))
+    saved = train_module._State.save
+
+    def stop_within_more(self, model, optimizer, phase, step, log):
+        # Begun, it is not left out, however well it goes.
+        row = {"phase": "more", "step": step, "loss": 0.0, "right": 1.0}
+        saved(self, model, optimizer, phase, step, [*log, row] if step else log)
+        if (phase, step) == (2, 2):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module._State, "save", stop_within_more)
+        with pytest.raises(KeyboardInterrupt):
+            train(family, recipe, work=tmp_path, save_every=2)
+    _, log = train(family, recipe, work=tmp_path, save_every=2)
+    ends = {row["phase"]: row["step"] for row in log if row["phase"] != "tower"}
+    assert ends == {first.name: 4, "more": 4, last.name: 4}
 
 
 def test_the_state_of_another_run_is_refused(tmp_path):
