@@ -199,10 +199,11 @@ class Architecture(ABC):
         query_rows: Tensor,
         heard: Callable[[LayerStates], object],
     ) -> AbstractContextManager[None]:
-        """Hear the states of layers in the next pass; a family that overrides `states` adapts this.
+        """Hear the states of layers in the next pass, as `core.decoder.listening` does.
 
-        By `core.decoder.listening`. A family that cannot listen returns ``nullcontext()``: its
-        answers are the same, their moments are ranked by the scores of the sets.
+        A family whose decoder does not look like Llama's overrides this, or cannot listen and
+        returns ``nullcontext()``: its answers are the same, their moments are ranked by the scores
+        of the sets.
         """
         return listening(self.decoder, layers, tokens, query_rows, heard)
 

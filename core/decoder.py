@@ -134,8 +134,7 @@ def listening(
     layers : the layers to listen at, 0-based.
     tokens : length of the pass that is meant, without padding. Another one, such as that of a
         single new token or of a chunk of the prompt, is not heard; nor is one of another thread,
-        which may be answering from the same model, nor one of layers that are compiled: those run
-        without their hooks.
+        which may be answering from the same model, nor one of compiled layers.
     query_rows : int64 ``(text,)``, tokens whose query states are wanted.
     heard : called with the states of the first row of the batch, while the layer waits: what it
         does not keep of them is let go of. Beams repeat the prompt, so the other rows are the same.

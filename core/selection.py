@@ -257,7 +257,10 @@ class Selection:
                     "save. Make the selection again."
                 )
             if len(tensors.get("reading", tensors["kept"])) != len(tensors["kept"]):
-                raise CheckpointError(f"{path}: its reading is not of the tokens that it keeps.")
+                raise CheckpointError(
+                    f"{path}: its reading is not of the tokens that it keeps. Make the "
+                    "selection again."
+                )
             count = sum(name.startswith("times.") for name in tensors)
             return cls(
                 kept=tensors["kept"],

@@ -42,8 +42,9 @@ class Cell:
     """One line of a table: a method at work on some clips.
 
     ``control`` "shuffled" asks each video what was meant for the next, "blind" asks without any
-    video; ``ranks_only`` measures recall without an answer; ``lite`` ranks with the family's Lite
-    selector; ``limit`` looks only at the first videos, for what takes too long.
+    video and looks at the first word alone; ``ranks_only`` measures recall without an answer;
+    ``lite`` ranks with the family's Lite selector; ``limit`` looks only at the first videos, for
+    what takes too long.
     """
 
     name: str

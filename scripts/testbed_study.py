@@ -10,8 +10,8 @@ judged; *table* measures methods and lengths on test videos with those presets. 
 rendered as files and go through ``open_video``, methods and presets like anybody's; a video is
 encoded once and asked several questions by every method. Results gather in one JSON file, cell by
 cell and video by video: stopped, the same command goes on where it was, and families may be
-measured side by side. What another checkpoint, selector or preset was counted with is void and
-leaves the file. ``--report`` writes the results as Markdown.
+measured side by side. What was counted of another checkpoint or selector is void and leaves the
+file; a cell whose preset changed is counted anew. ``--report`` writes the results as Markdown.
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ class Study:
         self.tallies = {
             key: Tally(**row) for key, row in found.items() if self._is_current(row["knobs"])
         }
+        self._void = {key: row for key, row in found.items() if key not in self.tallies}
 
     @property
     def tokens_per_frame(self) -> int:
@@ -150,7 +151,7 @@ class Study:
                 self._run_clips(clips, {cell: engines[cell] for cell in waiting}, title)
 
     def _knobs(self, cell: Cell, engine: Engine) -> dict[str, Any]:
-        """All that decides what a cell counts; it goes on only with what was counted by this."""
+        """Return what decides a cell's count, beside its name: only the same is gone on with."""
         knobs = {**engine.method.record(), **self._current}
         knobs |= {"tasks": list(cell.clips.tasks), "first": cell.clips.first}
         if not cell.lite:
@@ -159,9 +160,8 @@ class Study:
 
     def _is_current(self, knobs: Mapping[str, Any]) -> bool:
         """Whether a row, of whatever cell, is of these weights and counted as is done now."""
-        return all(
-            knobs.get(name) == value or (name == "selector" and knobs.get(name) is None)
-            for name, value in self._current.items()
+        return knobs.get("selector") in (None, self._current.get("selector")) and all(
+            knobs.get(name) == self._current[name] for name in ("checkpoint", "counting")
         )
 
     def _engine(self, cell: Cell) -> Engine:
@@ -234,8 +234,10 @@ class Study:
         with held(self.results.parent):
             everything = read_results(self.results)
             mine = everything.setdefault(self.name, {})
-            for key in [key for key, row in mine.items() if not self._is_current(row["knobs"])]:
-                del mine[key]
+            for key, row in self._void.items():
+                # Another process may have counted it anew meanwhile.
+                if mine.get(key) == row:
+                    del mine[key]
             mine |= {cell.key: vars(self.tallies[cell.key]) for cell in cells}
             write_json(self.results, everything)
 

@@ -101,7 +101,8 @@ class Segment:
 class Phase:
     """Segments that share an optimiser and one cosine of the learning rate.
 
-    Left out where the phase before ended with a share of at least ``unless`` of right answers.
+    Left out where the last phase that ran ended with a share of at least ``unless`` of right
+    answers.
     """
 
     name: str

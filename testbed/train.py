@@ -66,7 +66,9 @@ def train(
     seed : int
         Decides weights and data.
     save_every : int
-        Steps between saved states.
+        Steps between saved states. A share of right answers that is written to the log, or that a
+        phase's ``unless`` is compared with, is of the steps since the state that was gone on with:
+        a multiple of 25 makes it the same for a stopped run.
     tower : Any, optional
         A trained model of the family whose tower is taken over as it is; only the projector
         learns.
@@ -105,6 +107,7 @@ def train(
         reached = float(log[-1].get("right", 0.0))
         if start == 0 and phase.unless is not None and reached >= phase.unless:
             logger.info("%s: left out", phase.name)
+            state.save(model, None, number + 1, 0, log)
             continue
         if start:
             state.load(model, optimizer)
@@ -174,9 +177,8 @@ def check_checkpoint(family: Family, folder: Path, count: int) -> tuple[float, d
 def publish(draft: Path, out: Path) -> None:
     """Put a finished checkpoint in its place whole, instead of what is there.
 
-    Raises `CheckpointError` where ``out`` is something else than a checkpoint's folder.
+    What is there must be what `_check_replaceable` allows.
     """
-    _check_replaceable(out)
     fresh, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(draft, fresh)
@@ -187,8 +189,14 @@ def publish(draft: Path, out: Path) -> None:
 
 
 def _check_replaceable(out: Path) -> None:
-    """Raise `CheckpointError` where there is something else than a checkpoint, or than nothing."""
+    """Raise `CheckpointError` where ``out`` is something else than a checkpoint, or cannot be."""
     if not out.exists():
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{out} cannot be written ({error}). Name another --out."
+            ) from error
         return
     if not out.is_dir() or (any(out.iterdir()) and not (out / "model.safetensors").is_file()):
         raise CheckpointError(f"{out} is there and is no checkpoint. Name another --out.")
@@ -205,7 +213,7 @@ def _alone(work: Path) -> Iterator[None]:
                 f"--work {work} is being worked on by another run. Wait for it to end."
             ) from error
         except OSError as error:
-            raise OptionError(f"--work {work} cannot be made a folder ({error}).") from error
+            raise OptionError(f"--work {work} cannot be used ({error}).") from error
         yield
 
 
@@ -236,8 +244,16 @@ class _State:
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".partial")
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, self._path)
+        try:
+            save_file(tensors, partial, metadata=metadata)
+            os.replace(partial, self._path)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self._path} could not be written ({error}). The same command goes on from the "
+                "state before."
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     def load(
         self, model: Any, optimizer: torch.optim.Optimizer | None
@@ -332,7 +348,13 @@ def _run(
     if out is None:
         logger.info("wrote %s; --out would put it elsewhere", draft)
         return 0
-    publish(draft, out)
+    try:
+        publish(draft, out)
+    except OSError as error:
+        logger.error(
+            "error: %s could not be written (%s); the checkpoint stays in %s", out, error, draft
+        )
+        return 2
     logger.info("wrote %s", out)
     return 0
 

@@ -316,7 +316,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 @contextmanager
 def held(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Keep other processes from what they hold ``folder`` for, until this is left.
+    """Lock ``folder`` until this is left; other processes that ask for it wait.
 
     Raises ``BlockingIOError`` where another one holds it and ``wait`` is False.
     """

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import Qwen2Config
 
 from flexselect.scripts.bench_flops import prefill_flops, score_flops
 from flexselect.scripts.bench_report import first_token, from_frames
 from flexselect.scripts.testbed_cells import UNSEEN
 from flexselect.scripts.testbed_study import read_results
-from flexselect.scripts.testbed_tables import write_report
+from flexselect.scripts.testbed_tables import difference, write_report
 from flexselect.testbed.locate import FAMILIES, checkpoint_folder, selector_folder
 from flexselect.tests.paths import ROOT
 
@@ -49,7 +50,7 @@ def test_the_testbeds_tables_are_those_of_its_results(tmp_path: Path) -> None:
 
 def test_the_testbeds_results_are_of_the_committed_models_and_of_enough_questions() -> None:
     results = read_results(RESULTS)
-    assert set(FAMILIES) < set(results)
+    assert set(results) == {name for f in FAMILIES for name in (f, f"{f}, seed 1")}
     for name, cells in results.items():
         family = name.partition(",")[0]
         checkpoint, selector = (
@@ -71,16 +72,21 @@ def test_the_testbeds_results_are_of_the_committed_models_and_of_enough_question
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_other_knob_is_better_than_the_presets_on_validation_videos(family: str) -> None:
-    page = (ROOT / "docs" / "testbed.md").read_text().split(f"## {family}\n")[1].split("\n## ")[0]
-    rows = [line.split("|")[1:5] for line in page.splitlines() if line.count("|") == 8]
-    knobs = [(knob.strip(), less.strip()) for knob, _, _, less in rows[2:]]
-    presets = [knob for knob, less in knobs if less == "preset"]
-    assert sorted(presets) == ["aggregation", "budget", "frames_per_set", "positions", "query"]
-    for knob, less in knobs:
-        if less != "preset":
-            low = re.search(r"\((\S+) to", less)
-            assert low is not None, knob
-            assert float(low[1]) < 0, knob
+    text = (ROOT / "shared_configs" / "models" / f"{family}-tiny.yaml").read_text()
+    preset = yaml.safe_load(text)["method"]
+    cells = {
+        key.removeprefix("validation/512/retrieval/"): cell
+        for key, cell in read_results(RESULTS)[family].items()
+        if key.startswith("validation/512/retrieval/")
+    }
+    for name, cell in cells.items():
+        knob, _, value = name.partition(" ")
+        if knob != "layer" and value != str(preset[knob]):
+            _, low, _ = difference(cell["hits"], cells[f"{knob} {preset[knob]}"]["hits"])
+            assert low < 0, name
+    asks = f"{preset['aggregation']} of {preset['query']}"
+    recall = {name: cell["recall"] for name, cell in cells.items() if name.endswith(f", {asks}")}
+    assert max(recall, key=recall.__getitem__) == f"layer {preset['layer']}, {asks}"
 
 
 def test_training_says_what_the_selectors_records_say() -> None:

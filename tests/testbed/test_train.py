@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -210,27 +211,34 @@ def test_the_seed_decides_weights_pool_and_clips(tmp_path, monkeypatch):
     assert not any(torch.equal(one, two) for one, two in zip(first, other, strict=True))
 
 
-def test_a_phase_is_left_out_where_the_one_before_was_enough(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stop", [(1, 0), (2, 0), (3, 0), (3, 2), (4, 0), (5, 0)])
+def test_a_phase_is_left_out_where_the_one_before_was_enough(stop, tmp_path, monkeypatch):
+    """Also in a run that is stopped just before or after, and not once it has begun."""
     family, recipe = family_of("internvl"), shortened(4)
     first, *_, last = recipe.phases
     enough, more = replace(first, name="enough", unless=0.0), replace(first, name="more", unless=1)
-    recipe = replace(recipe, phases=(first, enough, more, last))
+    phases = (first, enough, replace(enough, name="so"), more, replace(last, unless=0.0))
+    recipe = replace(recipe, phases=phases)
     saved = train_module._State.save
 
-    def stop_within_more(self, model, optimizer, phase, step, log):
-        # Begun, it is not left out, however well it goes.
-        row = {"phase": "more", "step": step, "loss": 0.0, "right": 1.0}
-        saved(self, model, optimizer, phase, step, [*log, row] if step else log)
-        if (phase, step) == (2, 2):
+    def save_and_stop(self, model, optimizer, phase, step, log):
+        if (phase, step) == (3, 2):
+            # However well "more" goes.
+            log = [*log, {"phase": "more", "step": step, "loss": 0.0, "right": 1.0}]
+        saved(self, model, optimizer, phase, step, log)
+        if (phase, step) == stop:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module._State, "save", stop_within_more)
+        patch.setattr(train_module._State, "save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             train(family, recipe, work=tmp_path, save_every=2)
     _, log = train(family, recipe, work=tmp_path, save_every=2)
     ends = {row["phase"]: row["step"] for row in log if row["phase"] != "tower"}
-    assert ends == {first.name: 4, "more": 4, last.name: 4}
+    assert ends == {first.name: 4, "more": 4}
+    # All is saved: there is nothing left to train, nor to encode.
+    monkeypatch.setattr(train_module, "build_pool", None)
+    train(family, recipe, work=tmp_path, save_every=2)
 
 
 def test_the_state_of_another_run_is_refused(tmp_path):
@@ -251,6 +259,22 @@ def test_a_damaged_state_is_named_and_kept(content, tmp_path):
     with pytest.raises(CheckpointError, match=r"state\.safetensors (is damaged|belongs to a run)"):
         train(family, shortened(1), work=tmp_path)
     assert state.read_bytes() == before
+
+
+def test_a_state_that_cannot_be_written_is_an_error_that_keeps_the_one_before(
+    tmp_path, monkeypatch
+):
+    def full(*_, **__):
+        raise SafetensorError("no space left on device")
+
+    assert command(monkeypatch, tmp_path, "--least", "0") == 0
+    before = (tmp_path / "work" / "state.safetensors").read_bytes()
+    monkeypatch.setattr(train_module, "save_file", full)
+    model = family_of("internvl").build()
+    with pytest.raises(CheckpointError, match="could not be written"):
+        train_module._State(tmp_path / "work" / "state.safetensors", "").save(model, None, 0, 0, [])
+    assert (tmp_path / "work" / "state.safetensors").read_bytes() == before
+    assert not list((tmp_path / "work").glob("*.partial"))
 
 
 def command(monkeypatch, home, *more):
@@ -293,6 +317,9 @@ def test_what_is_no_checkpoint_is_not_replaced(tmp_path, monkeypatch, caplog):
     assert command(monkeypatch, tmp_path, "--least", "0", "--out", str(mine)) == 2
     assert "is no checkpoint" in caplog.text
     assert (mine / "thesis.txt").read_text() == "all of it"
+    below = str(mine / "thesis.txt" / "checkpoint")
+    assert command(monkeypatch, tmp_path, "--least", "0", "--out", below) == 2
+    assert f"{below} cannot be written" in caplog.text
     # It is said before anything is trained.
     assert not (tmp_path / "work").exists()
 
