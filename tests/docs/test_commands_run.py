@@ -173,8 +173,13 @@ PROOFS: dict[str, Run | By] = {
     "python -m flexselect.scripts.testbed_study --part table": by(
         STUDY + "test_a_stopped_study_goes_on_and_counts_every_video_once"
     ),
-    "python -m flexselect.scripts.testbed_study --part table --family internvl --model FOLDER": by(
-        STUDY + "test_a_checkpoint_of_another_seed_is_listed_by_it_and_has_no_lite"
+    "python -m flexselect.testbed.train --family internvl --seed 1": by(
+        "tests/testbed/test_train.py"
+        "::test_only_the_first_seed_goes_where_the_projects_own_checkpoints_lie"
+    ),
+    "python -m flexselect.scripts.testbed_study --part table --family internvl"
+    " --model outputs/testbed-internvl-1/checkpoint": by(
+        STUDY + "test_a_checkpoint_of_another_seed_is_listed_by_it_with_retrieval_alone"
     ),
     "python -m flexselect.scripts.testbed_study --report docs/testbed.md": by(
         STUDY + "test_the_command_writes_the_report_of_what_is_there"
