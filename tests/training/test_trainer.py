@@ -226,7 +226,7 @@ def _two_processes(data: Path, folder: Path, *options: str, script: Path | None 
     halves.write_text(yaml.safe_dump({**SETTINGS, "samples_per_device": 1}))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     program = str(script or Path(sys.executable).with_name("flexselect"))
-    subprocess.run(
+    done = subprocess.run(
         [*_command(halves, data, folder / "out", *launcher, program), *options],
         env={
             **_environment(),
@@ -234,10 +234,10 @@ def _two_processes(data: Path, folder: Path, *options: str, script: Path | None 
             # Whatever is compiled after all shows here.
             "TORCH_EXTENSIONS_DIR": str(folder / "compiled"),
         },
-        check=True,
         stderr=subprocess.PIPE,
         timeout=600,
     )
+    assert done.returncode == 0, done.stderr.decode()
     return folder / "out"
 
 
